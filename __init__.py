@@ -1,0 +1,58 @@
+"""Residency decides where ComfyUI's model weights live, and moves them as little as it can.
+
+This is the composition root: settings, policies, chain, hooks. It never raises: a plugin that fails must not cost a ComfyUI.
+"""
+import logging
+import os
+from pathlib import Path
+
+NODE_CLASS_MAPPINGS: dict[str, type] = {}  # no nodes; without the name ComfyUI reports a failed import
+__version__ = "0.1.0"
+
+
+class Plugin:
+    """The running plugin. Its hooks tell it of prompts; between them it follows the settings."""
+
+    def __init__(self) -> None:
+        from . import hooks, policies, settings
+        from .policies.chain import PolicyChain
+
+        self.host = hooks.host.connect()
+        self.folder = hooks.host.user_folder()
+        self.settings = settings.Watch((Path(__file__).parent / "settings.toml", self.folder / "settings.toml"), policies.tables())
+        self.tools = policies.Tools.make(self.host)
+        self.chain = PolicyChain(is_cancel=self.host.lifecycle.is_cancel)
+        self.registry = hooks.HookRegistry(hooks.all_hooks(self.tools.bank, self), self.chain.answer)
+        if self.settings.now.enabled:
+            self.apply()
+            hooks.exercise(self.registry)
+            self.registry.tell()
+            hooks.host.tell_started(__version__, self.chain.names(), self.settings.now.origin, self.folder)
+
+    def apply(self) -> None:
+        """Puts the settings in force; a policy whose settings are the same goes on."""
+        from . import policies, telemetry
+        from .telemetry import sinks
+
+        now = self.settings.now
+        telemetry.replace(sinks.open_all(now.telemetry, self.folder) if now.enabled else [])
+        self.chain.switch(policies.load(now, self.tools, self.chain.policies))
+        self.registry.sync(self.chain.wanted() if now.enabled else None)
+
+    def prompt_starts(self) -> None:
+        self.registry.check_reach()
+        if self.settings.changed():
+            self.apply()
+
+    def stop(self) -> None:
+        """Takes everything out again."""
+        self.registry.remove_all()
+        self.chain.switch(())
+
+
+if not os.environ.get("RESIDENCY_DISABLE"):
+    try:
+        plugin = Plugin()
+    except Exception as error:  # whatever it is, ComfyUI must start
+        logging.getLogger("residency").error("[residency] not started, ComfyUI runs as usual. %s", error)
+        logging.getLogger("residency").debug("", exc_info=error)

@@ -1,0 +1,16 @@
+"""The only code that knows ComfyUI, and the only code that knows wrapt."""
+from __future__ import annotations
+
+from ..policies.files.bank import Bank
+from . import building, host, placement, prompts, reading, release
+from .registry import Hook, HookRegistry
+from .selftest import exercise
+
+__all__ = ["HookRegistry", "all_hooks", "exercise", "host"]
+
+
+def all_hooks(bank: Bank, listener: prompts.Listener) -> tuple[Hook, ...]:
+    """Every hook, in the order in which they are installed."""
+    stopwatch = placement.Stopwatch()
+    return (*reading.HOOKS, *building.HOOKS, *placement.hooks(bank, stopwatch), *release.HOOKS,
+            *prompts.hooks(listener, stopwatch))

@@ -1,0 +1,57 @@
+"""Models being built from state dicts, and modules being filled.
+
+The functions below are where every loader node ends, ours or a pack's: they take state dicts, so a model that a pack read
+in its own way is seen too. `Module.load_state_dict` is a hot seam: it exists in every torch program, so it is hooked only
+while a policy answers it, and asks only for what the host fills while it builds.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.ops
+import torch
+
+from ..policies.requests import BuildModel, FillModule
+from ..telemetry import emit
+from .call import HostCall
+from .registry import Hook
+from .seam import Seam
+
+# Where weights are the second and third operand of one kernel, which the host casts to the input's dtype at each use.
+_CASTABLE = (torch.nn.Linear, torch.nn.modules.conv._ConvNd)
+
+
+def _built(call: HostCall, request: BuildModel, answer: Any, seconds: float) -> None:
+    emit("model.built", model=request.kind, seconds=seconds)
+
+
+def _building(module: str, path: str, needs: str, kind: str) -> Hook:
+    return Hook(Seam(module, path, (needs,)), BuildModel, lambda call: BuildModel(kind), report=_built)
+
+
+def _castable(module: torch.nn.Module) -> bool:
+    return isinstance(module, _CASTABLE) and isinstance(module, comfy.ops.CastWeightBiasOp)
+
+
+def _cast_at_use(module: torch.nn.Module) -> None:
+    module.comfy_cast_weights = True
+
+
+def _fill(call: HostCall) -> FillModule:
+    return FillModule(call.instance, call["state_dict"], bool(call["assign"]), _castable, _cast_at_use)
+
+
+def _amend(request: FillModule) -> dict[str, Any]:
+    return {"state_dict": request.state_dict, "assign": request.assign}
+
+
+HOOKS = (
+    _building("comfy.sd", "load_diffusion_model_state_dict", "sd", "diffusion model"),
+    _building("comfy.sd", "load_state_dict_guess_config", "sd", "checkpoint"),
+    _building("comfy.sd", "load_text_encoder_state_dicts", "state_dicts", "text encoder"),
+    _building("comfy.sd", "VAE.__init__", "sd", "VAE"),
+    _building("comfy.controlnet", "load_controlnet_state_dict", "state_dict", "ControlNet"),
+    _building("comfy.clip_vision", "load_clipvision_from_sd", "sd", "CLIP vision"),
+    Hook(Seam("torch.nn.modules.module", "Module.load_state_dict", needs=("state_dict", "assign")),
+         FillModule, _fill, _amend),
+)

@@ -1,0 +1,82 @@
+"""What policies may ask of ComfyUI: the capabilities that `policies/host.py` describes, and a few for the composition."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import comfy.memory_management
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import torch
+
+from ..policies.host import Host
+from ..telemetry import emit
+
+
+class Reading:
+    """Implements `policies.host.Reading`."""
+
+    def maps_files_itself(self) -> bool:
+        return bool(getattr(comfy.memory_management, "aimdo_enabled", False))
+
+    def mmap_disabled(self) -> bool:
+        return bool(getattr(comfy.utils, "DISABLE_MMAP", False))
+
+    @contextmanager
+    def torch_files_mapped(self) -> Iterator[None]:
+        """The host's own switch, turned on for one load."""
+        before = comfy.utils.MMAP_TORCH_FILES
+        comfy.utils.MMAP_TORCH_FILES = not self.mmap_disabled()
+        try:
+            yield
+        finally:
+            comfy.utils.MMAP_TORCH_FILES = before
+
+
+class Memory:
+    """Implements `policies.host.Memory`, and tells telemetry what the devices hold."""
+
+    def can_pin(self) -> bool:
+        return bool(getattr(comfy.model_management, "MAX_PINNED_MEMORY", 0) > 0)
+
+    def device_bytes(self) -> dict[str, int]:
+        """Bytes that this process has allocated, by device; nothing for the CPU."""
+        device = comfy.model_management.get_torch_device()
+        if device.type == "cpu":
+            return {}
+        module: Any = torch.get_device_module(device)
+        if not hasattr(module, "memory_allocated"):
+            return {}
+        count = module.device_count() if hasattr(module, "device_count") else 1
+        return {f"{device.type}:{index}": int(module.memory_allocated(index)) for index in range(count)}
+
+
+class Lifecycle:
+    """Implements `policies.host.Lifecycle`."""
+
+    def raise_if_cancelled(self) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    def is_cancel(self, error: BaseException) -> bool:
+        return isinstance(error, comfy.model_management.InterruptProcessingException)
+
+def connect() -> Host:
+    """The host that we are running in."""
+    return Host(Reading(), Memory(), Lifecycle())
+
+
+def user_folder() -> Path:
+    """Where the user's settings and the telemetry file live."""
+    return Path(folder_paths.get_user_directory()) / "residency"
+
+
+def tell_started(version: str, policies: list[str], settings: str, folder: Path) -> None:
+    """The first line that a user looks for."""
+    try:
+        from comfyui_version import __version__ as host
+    except ImportError:
+        host = "unknown"
+    emit("plugin.started", version=version, host=host, policies=policies, settings=settings, folder=str(folder))

@@ -1,0 +1,92 @@
+"""Models being made ready on their device.
+
+`LoadedModel.model_load` is the door above every patcher class; `ModelPatcher.load` is where the classic patcher moves
+weights (dynamic patchers override it and do not come here). `lowvram_model_memory` of 0 means *no limit* in both.
+"""
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import comfy.model_management
+import torch
+
+from ..policies.files.bank import Bank
+from ..policies.memory import Residency
+from ..policies.requests import MoveWeights, PinMemory, PinWeight, PlaceModel, PlaceModels, WriteInPlace
+from ..telemetry import emit
+from .call import HostCall
+from .registry import Hook
+from .seam import Seam
+from .weights import PatcherWeights
+
+
+class Stopwatch:
+    """Seconds spent placing models since it was last read: prompts say how much of their time that was."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+
+    def add(self, call: HostCall, request: PlaceModels, answer: Any, seconds: float) -> None:
+        self._seconds += seconds
+
+    def take(self) -> float:
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
+def census(module: torch.nn.Module, bank: Bank) -> Counter[Residency]:
+    """Where a model's bytes are."""
+    where: Counter[Residency] = Counter()
+    for parameter in module.parameters():
+        if parameter.device.type != "cpu":
+            where[Residency.DEVICE] += parameter.nbytes
+        elif bank.file_of(parameter) is not None:
+            where[Residency.MAPPED] += parameter.nbytes
+        else:
+            where[Residency.HOST] += parameter.nbytes
+    return where
+
+
+def hooks(bank: Bank, stopwatch: Stopwatch) -> tuple[Hook, ...]:
+    """The hooks of this file; `bank` tells which weights are a file's mapping."""
+    seen: dict[int, tuple[int, int]] = {}  # by model: bytes on the device and in all, when we last spoke of it
+
+    def place(call: HostCall) -> PlaceModel | None:
+        patcher = call.instance.model
+        if patcher is None:
+            return None
+        budget = float(call["lowvram_model_memory"])
+        return PlaceModel(PatcherWeights(patcher), call.instance.device, budget or None)
+
+    def placed(call: HostCall, request: PlaceModel, answer: Any, seconds: float) -> None:
+        weights = request.weights
+        assert isinstance(weights, PatcherWeights)
+        state = (weights.on_device(), weights.size())
+        if seen.get(id(weights.module)) == state:
+            return  # nothing moved: a warm prompt
+        if len(seen) > 100:
+            seen.clear()
+        seen[id(weights.module)] = state
+        where = census(weights.module, bank)
+        emit("model.placed", model=weights.name, device=str(request.device), seconds=seconds,
+             device_bytes=where[Residency.DEVICE], mapped_bytes=where[Residency.MAPPED], host_bytes=where[Residency.HOST])
+
+    return (
+        Hook(Seam("comfy.model_management", "load_models_gpu", ("models",)), PlaceModels,
+             lambda call: PlaceModels(len(call["models"])), report=stopwatch.add),
+        Hook(Seam("comfy.model_management", "LoadedModel.model_load", ("lowvram_model_memory",)), PlaceModel, place,
+             lambda request: {"lowvram_model_memory": request.budget_bytes or 0}, placed),
+        Hook(Seam("comfy.model_patcher", "ModelPatcher.load", ("device_to",)), MoveWeights,
+             lambda call: MoveWeights(PatcherWeights(call.instance), call["device_to"])),
+        Hook(Seam("comfy.model_patcher", "ModelPatcher.pin_weight_to_device", ("key",)), PinWeight,
+             lambda call: PinWeight(PatcherWeights(call.instance), call["key"])),
+        Hook(Seam("comfy.model_management", "pin_memory", ("tensor",)), PinMemory,
+             lambda call: PinMemory(call["tensor"]) if comfy.model_management.MAX_PINNED_MEMORY > 0 else None),
+        Hook(Seam("comfy.utils", "copy_to_param", ("obj", "attr")), WriteInPlace, _write),
+    )
+
+
+def _write(call: HostCall) -> WriteInPlace:
+    owner, _, name = call["attr"].rpartition(".")
+    return WriteInPlace(call["obj"].get_submodule(owner), name)

@@ -1,0 +1,203 @@
+"""Installs hooks, removes them, and keeps the ledger of what became of each.
+
+wrapt has no unwrap that minds its neighbours, so removing is ours: where our wrapper is on top the original goes back, and
+where somebody wrapped on top of us we stay as a plain pass-through (*retired*).
+"""
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Generator
+
+import wrapt
+
+from ..policies.requests import Request
+from ..telemetry import emit, log
+from .call import HostCall
+from .seam import Declined, Seam, Site
+
+# wrapt keeps names with this prefix on the wrapper; any other would be set on the host's function.
+_MARK = "_self_residency_hook"
+
+Answer = Callable[[Request, Callable[[Request], Any]], Any]
+
+
+@dataclass(frozen=True)
+class Hook:
+    """A seam, and how its calls become requests.
+
+    Attributes:
+        asks: the kind of request.
+        translate: the request for a call; None where there is nothing to ask.
+        amend: the host's arguments that a changed request stands for.
+        report: tells telemetry, after the host answered: (call, request, answer, seconds). A hook that reports is always
+            installed; one that does not, only while a policy answers its requests.
+    """
+
+    seam: Seam
+    asks: type[Request]
+    translate: Callable[[HostCall], Request | None]
+    amend: Callable[[Any], dict[str, Any]] | None = None
+    report: Callable[[HostCall, Any, Any, float], None] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.seam.name
+
+
+@dataclass
+class Entry:
+    """A line of the ledger. `state` is new, installed, declined, removed or retired."""
+
+    hook: Hook
+    state: str = "new"
+    reason: str = ""
+    hits: int = 0
+    armed: bool = False
+    shadowed: bool = False
+    site: Site | None = field(default=None, repr=False)
+    wrapper: Any = field(default=None, repr=False)
+
+
+class HookRegistry:
+    """All hooks of the plugin.
+
+    Args:
+        hooks: in the order in which they are installed.
+        answer: what to do with a request, given the host's own answer.
+    """
+
+    def __init__(self, hooks: Iterable[Hook], answer: Answer) -> None:
+        self._answer = answer
+        self._probing = False
+        self.entries = {hook.name: Entry(hook) for hook in hooks}
+
+    def sync(self, wanted: Collection[type[Request]] | None) -> None:
+        """Installs what telemetry or a policy needs now, and removes the rest; None is nothing at all."""
+        for entry in self.entries.values():
+            needed = wanted is not None and (entry.hook.report is not None or entry.hook.asks in wanted)
+            if needed and not entry.armed and entry.state != "declined":
+                self._install(entry)
+            elif not needed and entry.armed:
+                self._remove(entry)
+
+    def remove_all(self) -> None:
+        """Leaves nothing behind, where nobody wrapped on top of us."""
+        for entry in reversed(self.entries.values()):
+            if entry.wrapper is not None:
+                self._remove(entry)
+
+    def report(self) -> list[tuple[str, str, str]]:
+        """(hook, state, reason) of every hook: the first thing to paste into a bug report."""
+        return [(name, entry.state, entry.reason) for name, entry in self.entries.items()]
+
+    def tell(self) -> None:
+        """Tells telemetry which hooks are in, and which of them were seen to fire."""
+        for entry in self.entries.values():
+            if entry.armed:
+                emit("hook.installed", hook=entry.hook.name, exercised=entry.hits > 0)
+
+    @contextmanager
+    def probing(self) -> Generator[None, None, None]:
+        """While inside, hooks count the calls that reach them and do nothing else."""
+        self._probing = True
+        try:
+            yield
+        finally:
+            self._probing = False
+
+    def check_reach(self) -> None:
+        """Says once of each hook that somebody replaced what it wrapped."""
+        for entry in self.entries.values():
+            if entry.armed and not entry.shadowed and entry.site is not None:
+                current = vars(entry.site.owner).get(entry.site.name)
+                if not _reaches(current, entry.wrapper):
+                    entry.shadowed = True
+                    emit("hook.shadowed", hook=entry.hook.name, by=getattr(current, "__module__", None) or repr(current))
+
+    def _install(self, entry: Entry) -> None:
+        if entry.state == "retired":  # still in the chain, under somebody's wrapper
+            entry.armed, entry.state = True, "installed"
+            return
+        try:
+            entry.site = site = entry.hook.seam.resolve()
+            if getattr(site.original, _MARK, False):
+                raise Declined("a second copy of this plugin wrapped it already; remove one folder from custom_nodes")
+        except Declined as declined:
+            entry.state, entry.reason = "declined", str(declined)
+            emit("hook.declined", hook=entry.hook.name, reason=entry.reason)
+            return
+        entry.wrapper = wrapt.FunctionWrapper(site.original, self._intercept(entry), enabled=lambda: entry.armed)
+        setattr(entry.wrapper, _MARK, True)
+        setattr(site.owner, site.name, entry.wrapper)
+        for module, name in entry.hook.seam.copies():
+            if getattr(module, name) is site.original:
+                setattr(module, name, entry.wrapper)
+        entry.armed, entry.state = True, "installed"
+
+    def _remove(self, entry: Entry) -> None:
+        entry.armed = False
+        site, wrapper = entry.site, entry.wrapper
+        if site is None:
+            return
+        for module, name in entry.hook.seam.copies():
+            if getattr(module, name) is wrapper:
+                setattr(module, name, site.original)
+        if vars(site.owner).get(site.name) is wrapper:
+            setattr(site.owner, site.name, site.original)
+            entry.state, entry.wrapper = "removed", None
+        else:
+            if entry.state != "retired":
+                emit("hook.retired", hook=entry.hook.name)
+            entry.state = "retired"
+
+    def _intercept(self, entry: Entry) -> Callable[..., Any]:
+        hook, signature = entry.hook, entry.site.signature if entry.site else None
+        assert signature is not None
+
+        def wrapper(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            entry.hits += 1
+            if self._probing:
+                return wrapped(*args, **kwargs)
+            call = HostCall(wrapped, instance, args, kwargs, signature)
+            try:
+                request = hook.translate(call)
+            except Exception as error:  # our reading of the seam is wrong: the host must not pay for it
+                self._disarm(entry, error)
+                return call()
+            if request is None:
+                return call()
+            started = time.perf_counter()
+            answer = self._answer(request, _host(hook, call, request))
+            if hook.report is not None:
+                try:
+                    hook.report(call, request, answer, time.perf_counter() - started)
+                except Exception as error:  # the host has answered; only our log line is lost
+                    self._disarm(entry, error)
+            return answer
+
+        return wrapper
+
+    def _disarm(self, entry: Entry, error: Exception) -> None:
+        entry.armed, entry.state, entry.reason = False, "declined", f"{type(error).__name__}: {error}"
+        log.debug("hook %s failed", entry.hook.name, exc_info=error)
+        emit("hook.failed", hook=entry.hook.name, error=entry.reason)
+
+
+def _host(hook: Hook, call: HostCall, original: Request) -> Callable[[Request], Any]:
+    def answer(request: Request) -> Any:
+        if request is original or hook.amend is None:
+            return call()
+        return call(**hook.amend(request))
+
+    return answer
+
+
+def _reaches(function: Any, wrapper: Any) -> bool:
+    while function is not None:
+        if function is wrapper:
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False

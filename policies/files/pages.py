@@ -1,0 +1,111 @@
+"""What the system says of a mapping's pages: still mapped? written to? in the page cache? And reading a cold file ahead.
+
+Everything here has an answer for "this system does not tell" (None): Windows and macOS have no /proc, and the kernel keeps
+the page cache's state of other people's files to itself.
+"""
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import sys
+import time
+from collections.abc import Callable
+
+import psutil
+
+CHUNK = 16 * 2**20
+
+
+def _regions(start: int, end: int, path: str) -> list[psutil._pslinux.pmmap_ext] | None:
+    """The process's regions in [start, end) that map `path`; None where the system does not tell."""
+    try:
+        regions = psutil.Process().memory_maps(grouped=False)
+    except (AttributeError, psutil.Error, OSError, NotImplementedError):
+        return None
+    name = os.path.basename(path)
+    inside = []
+    for region in regions:
+        first, _, last = region.addr.partition("-")
+        if last and int(first, 16) < end and int(last, 16) > start and name in region.path:
+            inside.append(region)
+    return inside
+
+
+def may_map(path: str) -> bool:
+    """Windows charges a copy-on-write view to the commit limit in full: there, only what fits into half of what is left."""
+    if os.name != "nt":
+        return True
+    left = psutil.virtual_memory().available + psutil.swap_memory().free
+    try:
+        return os.path.getsize(path) < left // 2
+    except OSError:
+        return False
+
+
+def is_mapped(start: int, end: int, path: str) -> bool | None:
+    """Whether any of the file's pages are still mapped at these addresses."""
+    regions = _regions(start, end, path)
+    return None if regions is None else bool(regions)
+
+
+def is_pristine(start: int, end: int, path: str) -> bool | None:
+    """Whether no page of a copy-on-write mapping was written to: a written page has become anonymous memory."""
+    regions = _regions(start, end, path)
+    if not regions or not hasattr(regions[0], "anonymous"):
+        return None
+    return all(region.anonymous == 0 for region in regions)
+
+
+def resident_fraction(start: int, end: int, path: str) -> float | None:
+    """How much of a mapping is in the page cache, 0 to 1 (mincore(2)).
+
+    Linux answers "all" for files that the process neither owns nor may write, so for these the answer is None.
+    """
+    if sys.platform == "win32" or not os.access(path, os.W_OK):
+        return None
+    start -= start % mmap.PAGESIZE
+    pages = -(-(end - start) // mmap.PAGESIZE)
+    vector = ctypes.create_string_buffer(pages)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mincore(ctypes.c_void_p(start), ctypes.c_size_t(end - start), vector) != 0:
+        return None
+    # The low bit says "resident"; the others are reserved, and zero on every kernel that has them.
+    return (pages - vector.raw.count(b"\0")) / pages
+
+
+def read_ahead(path: str, limit: int, progress: Callable[[int, int], None]) -> int:
+    """Reads a file from its start, in large pieces, so that it is in the page cache; returns the bytes read.
+
+    Args:
+        limit: stop after this many bytes.
+        progress: called after each piece with (bytes read, bytes in all); what it raises stops the reading.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    size = min(os.path.getsize(path), limit)
+    done = 0
+    buffer = bytearray(CHUNK)
+    with open(path, "rb", buffering=0) as file:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        while done < size:
+            count = file.readinto(buffer)
+            if not count:
+                break
+            done += count
+            progress(done, size)
+    return done
+
+
+class Reporter:
+    """Calls `say` with a percentage every two seconds, so that a user sees a long read move."""
+
+    def __init__(self, say: Callable[[int], None], every: float = 2.0) -> None:
+        self._say, self._every, self._next = say, every, time.monotonic() + every
+
+    def __call__(self, done: int, total: int) -> None:
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + self._every
+            self._say(100 * done // max(1, total))

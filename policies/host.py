@@ -1,0 +1,45 @@
+"""What policies may ask of ComfyUI, as small protocols. `hooks/host.py` answers them."""
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class Reading(Protocol):
+    """How the host reads weight files."""
+
+    def maps_files_itself(self) -> bool:
+        """Dynamic VRAM is on: the host maps safetensors and streams them from the file."""
+
+    def mmap_disabled(self) -> bool:
+        """The user said `--disable-mmap`."""
+
+    def torch_files_mapped(self) -> AbstractContextManager[None]:
+        """While inside, the host maps `.ckpt` and `.pt` files, as with `--mmap-torch-files`."""
+
+
+class Memory(Protocol):
+    """The host's view of memory."""
+
+    def can_pin(self) -> bool:
+        """The host page-locks weights that stay off the device."""
+
+
+class Lifecycle(Protocol):
+    """Prompts and their end."""
+
+    def raise_if_cancelled(self) -> None:
+        """Raises the host's own Cancel where the user asked for it."""
+
+    def is_cancel(self, error: BaseException) -> bool:
+        """Whether an error is the host's Cancel."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """The capabilities together."""
+
+    reading: Reading
+    memory: Memory
+    lifecycle: Lifecycle

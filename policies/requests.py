@@ -1,0 +1,176 @@
+"""What the host is about to do, in plain values. One class for each kind of question.
+
+Policies see the host's objects only through the protocols below; tensors and modules are torch's own.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+
+class Request:
+    """The base of all requests: something the host is about to do."""
+
+    __slots__ = ()
+
+
+class Weights(Protocol):
+    """A model's parameters, as policies see them."""
+
+    @property
+    def name(self) -> str:
+        """The model's class, as ComfyUI's log calls it."""
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The torch module that holds the parameters; shared by all clones."""
+
+    @property
+    def streamed_by_host(self) -> bool:
+        """The host keeps these weights in its own mapping (dynamic VRAM): nothing to move."""
+
+    def restored_by_host(self) -> set[str]:
+        """Names whose original the host holds itself and will put back (LoRA and hook backups)."""
+
+    def patched(self) -> set[str]:
+        """Names that a LoRA, a merge or a hook will change."""
+
+
+@dataclass(frozen=True)
+class ReadWeights(Request):
+    """A weight file is about to be read. The answer is a state dict, or (state dict, metadata)."""
+
+    path: str
+    with_metadata: bool
+    on_cpu: bool
+
+
+@dataclass(frozen=True)
+class BuildModel(Request):
+    """A state dict is about to become one or several models. The answer is the host's own objects."""
+
+    kind: str
+
+
+@dataclass(frozen=True)
+class FillModule(Request):
+    """`module.load_state_dict(state_dict)` is about to run.
+
+    Attributes:
+        castable: whether the host can cast a (leaf) module's weights at each use.
+        cast_at_use: tells the host to do so from now on.
+    """
+
+    module: torch.nn.Module
+    state_dict: Mapping[str, Any]
+    assign: bool
+    castable: Callable[[torch.nn.Module], bool]
+    cast_at_use: Callable[[torch.nn.Module], None]
+
+
+@dataclass(frozen=True)
+class PlaceModel(Request):
+    """A model is about to be made ready on its device.
+
+    Attributes:
+        budget_bytes: device memory that its weights may take; None is no limit.
+    """
+
+    weights: Weights
+    device: torch.device
+    budget_bytes: float | None
+
+
+@dataclass(frozen=True)
+class MoveWeights(Request):
+    """The classic patcher is about to move weights to the device and patch them."""
+
+    weights: Weights
+    device: torch.device | None
+
+
+@dataclass(frozen=True)
+class OffloadWeights(Request):
+    """All weights are about to leave the device. `device` is None where they stay put."""
+
+    weights: Weights
+    device: torch.device | None
+
+
+@dataclass(frozen=True)
+class OffloadPart(Request):
+    """Some modules, which the host picks, are about to leave the device."""
+
+    weights: Weights
+    device: torch.device | None
+
+
+@dataclass(frozen=True)
+class MoveModule(Request):
+    """`module.to(device)` is about to run."""
+
+    module: torch.nn.Module
+    device: torch.device | None
+
+
+@dataclass(frozen=True)
+class WriteInPlace(Request):
+    """The host is about to overwrite a parameter's memory (hooks, in-place patches)."""
+
+    module: torch.nn.Module
+    name: str
+
+
+@dataclass(frozen=True)
+class PinWeight(Request):
+    """The host is about to page-lock a weight that stays off the device while sampling."""
+
+    weights: Weights
+    name: str
+
+
+@dataclass(frozen=True)
+class PinMemory(Request):
+    """A tensor's memory is about to be page-locked where it is. The answer is whether it was."""
+
+    tensor: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ReleaseModel(Request):
+    """A model is about to give device memory back. `bytes_wanted` is None for all of its `device_bytes`."""
+
+    weights: Weights
+    device_bytes: int
+    bytes_wanted: float | None
+
+
+@dataclass(frozen=True)
+class FreeMemory(Request):
+    """Room is about to be made on a device. The answer is the host's list of unloaded models."""
+
+    device: str
+    bytes_wanted: float
+
+
+@dataclass(frozen=True)
+class PlaceModels(Request):
+    """Several models are about to be made ready together."""
+
+    count: int
+
+
+@dataclass(frozen=True)
+class RunPrompt(Request):
+    """A prompt is about to run. `rebuild_models` makes the host drop every output, so that loaders run again."""
+
+    prompt: str
+    rebuild_models: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class EmptyMemory(Request):
+    """The host is about to forget everything that it keeps between prompts."""

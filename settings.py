@@ -1,0 +1,199 @@
+"""TOML to frozen dataclasses.
+
+The shipped `settings.toml` is complete and is the reference; the user's file wins key by key. An unknown key, a wrong
+type or a value outside its choices is an error that names the file, the dotted key and, for a typo, the nearest match.
+"""
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+import sys
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+T = TypeVar("T")
+Auto = typing.Union[float, str]  # gigabytes, or "auto"
+AUTO: dict[str, Any] = {"choices": ("auto",), "minimum": 0}
+
+
+class SettingsError(Exception):
+    """A settings file that cannot be used. The message names the file, the key and the cure."""
+
+
+@dataclass(frozen=True)
+class Telemetry:
+    console: str = field(default="info", metadata={"choices": ("off", "info", "debug")})
+    file: str = "telemetry.jsonl"
+    max_mb: float = field(default=16, metadata={"minimum": 1})
+    keep: int = field(default=4, metadata={"minimum": 1})
+
+
+@dataclass(frozen=True)
+class Memory:
+    ram_gb: Auto = field(default="auto", metadata=AUTO)
+    pinned_gb: Auto = field(default="auto", metadata=AUTO)
+    pad_gb: Auto = field(default="auto", metadata=AUTO)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a user can choose. `tables` holds each policy's own settings, by its name."""
+
+    enabled: bool = True
+    policies: tuple[str, ...] = ("zero_copy",)
+    telemetry: Telemetry = Telemetry()
+    memory: Memory = Memory()
+    tables: Mapping[str, Any] = field(default_factory=dict, metadata={"table": False})
+    origin: str = field(default="settings.toml", metadata={"table": False})
+
+
+def load(files: Iterable[Path], policies: Mapping[str, type[Any]]) -> Settings:
+    """Reads the files in order, later ones winning key by key; one that does not exist is skipped.
+
+    Args:
+        policies: each policy's name and its settings dataclass.
+
+    Raises:
+        SettingsError: a file cannot be read, is no TOML, or holds a key or a value that means nothing.
+    """
+    merged: dict[str, Any] = {}
+    origin = "settings.toml"
+    for file in files:
+        if not file.is_file():
+            continue
+        table = _read(file)
+        origin = str(file)
+        _check(table, policies, origin)
+        _merge(merged, table)
+    tables = {name: fill(kind, merged.pop(name, {}), origin, f"{name}.") for name, kind in policies.items()}
+    return dataclasses.replace(fill(Settings, merged, origin), tables=tables, origin=origin)
+
+
+class Watch:
+    """The settings in force, and whether the files have changed since.
+
+    Args:
+        files: the shipped file, then the user's.
+
+    Raises:
+        SettingsError: at first reading only.
+    """
+
+    def __init__(self, files: Sequence[Path], policies: Mapping[str, type[Any]]) -> None:
+        self._files, self._policies = files, policies
+        self._stamps = self._read_stamps()
+        self.now = load(files, policies)
+
+    def changed(self) -> bool:
+        """Reads the files again if they were touched. Files that cannot be used keep the last good settings in force."""
+        stamps = self._read_stamps()
+        if stamps == self._stamps:
+            return False
+        self._stamps = stamps
+        try:
+            self.now = load(self._files, self._policies)
+        except SettingsError as error:
+            logging.getLogger("residency").error("[residency] %s The last good settings stay.", error)
+            return False
+        return True
+
+    def _read_stamps(self) -> list[int]:
+        return [file.stat().st_mtime_ns if file.is_file() else 0 for file in self._files]
+
+
+def fill(kind: type[T], table: Mapping[str, Any], origin: str, prefix: str = "") -> T:
+    """Makes a settings dataclass from a TOML table.
+
+    Args:
+        kind: a frozen dataclass. A field's metadata may hold `choices` (strings) and `minimum`.
+        origin: the file, for messages.
+        prefix: the dotted path of the table, with its dot.
+
+    Raises:
+        SettingsError: an unknown key, a wrong type, a value outside its choices or below its minimum.
+    """
+    hints = typing.get_type_hints(kind)
+    known = {f.name: f for f in dataclasses.fields(typing.cast(Any, kind)) if f.metadata.get("table", True)}
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if key not in known:
+            raise SettingsError(f"{origin}: unknown key '{prefix}{key}'{nearest(key, known)}")
+        values[key] = _convert(hints[key], value, known[key].metadata, f"{origin}: '{prefix}{key}'", f"{prefix}{key}.")
+    return kind(**values)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """', perhaps you meant …' for a typo, else the list of what there is."""
+    names = sorted(known)
+    match = difflib.get_close_matches(word, names, n=1)
+    return f", perhaps you meant '{match[0]}'" if match else f"; known are {', '.join(names) or 'none'}"
+
+
+def _convert(hint: Any, value: Any, limits: Mapping[str, Any], where: str, prefix: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise SettingsError(f"{where} is a table, write [{prefix[:-1]}]")
+        return fill(typing.cast(Any, hint), value, where.rpartition(": '")[0], prefix)
+    choices = limits.get("choices")
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is Auto:
+        ok, wanted = number or value in choices, 'a number of gigabytes or "auto"'
+    elif hint is float:
+        ok, wanted = number, "a number"
+    elif hint is int:
+        ok, wanted = number and isinstance(value, int), "a whole number"
+    elif hint is bool:
+        ok, wanted = isinstance(value, bool), "true or false"
+    elif hint is str:
+        ok = isinstance(value, str) and (choices is None or value in choices)
+        wanted = "one of " + ", ".join(f'"{c}"' for c in choices) if choices else "a string"
+    else:
+        ok, wanted = isinstance(value, list) and all(isinstance(v, str) for v in value), "a list of strings"
+        value = tuple(value) if ok else value
+    if not ok or (number and value < limits.get("minimum", value)):
+        wanted += f" of at least {limits['minimum']}" if ok else ""
+        raise SettingsError(f"{where} must be {wanted}, not {value!r}")
+    return value
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8-sig"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{file}: this is not TOML: {error}. Mend the line, or delete the file to get the defaults back.") from None
+    except OSError as error:
+        raise SettingsError(f"{file}: cannot be read: {error.strerror}") from None
+
+
+def _check(table: Mapping[str, Any], policies: Mapping[str, type[Any]], origin: str) -> None:
+    """Checks one file by itself, so that an error names the file that holds it."""
+    own = {name: value for name, value in table.items() if name not in policies}
+    fields = [f.name for f in dataclasses.fields(Settings) if f.metadata.get("table", True)]
+    for key in own:
+        if key not in fields:
+            raise SettingsError(f"{origin}: unknown key '{key}'{nearest(key, [*fields, *policies])}")
+    fill(Settings, own, origin)
+    for name in own.get("policies", ()):
+        if name not in policies:
+            raise SettingsError(f"{origin}: 'policies' names '{name}', which does not exist{nearest(name, policies)}")
+    for name, kind in policies.items():
+        if not isinstance(table.get(name, {}), dict):
+            raise SettingsError(f"{origin}: '{name}' is a table, write [{name}]")
+        fill(kind, table.get(name, {}), origin, f"{name}.")
+
+
+def _merge(into: dict[str, Any], table: Mapping[str, Any]) -> None:
+    for key, value in table.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value

@@ -1,0 +1,62 @@
+"""One frozen fact.
+
+Names form a closed list: a typo in a name is a bug that a test should find, not a line that a user's `grep` misses.
+Byte counts are fields that end in `bytes`, durations end in `seconds`.
+"""
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+NAMES = frozenset({
+    "plugin.started",       # version, host, policies
+    "settings.changed",     # policies
+    "hook.installed",       # hook, exercised: did the self-test see it called
+    "hook.declined",        # hook, reason
+    "hook.retired",         # hook: someone wrapped on top of us, so we became a pass-through
+    "hook.shadowed",        # hook, by: somebody replaced what we wrapped
+    "hook.failed",          # hook, error: our reading of the seam was wrong, the hook disarmed itself
+    "policy.declined",      # policy, reason
+    "policy.decided",       # policy, request, reason
+    "policy.failed",        # policy, request, error
+    "policy.ineffective",   # policy, reason, predicted_bytes, observed_bytes
+    "weights.read",         # file, bytes, seconds, from: bank | file
+    "weights.read_ahead",   # file, bytes, seconds
+    "weights.mapped",       # file, bytes, copied_bytes, seconds
+    "weights.restored",     # model, bytes, copied_bytes, seconds
+    "weights.released",     # file, bytes, unmapped: true | false | null where the system cannot tell
+    "file.changed",         # file, reason
+    "model.built",          # model, seconds
+    "model.placed",         # model, device, seconds, device_bytes, mapped_bytes, host_bytes
+    "model.released",       # model, device, seconds, bytes, partly
+    "memory.freed",         # device, wanted_bytes, models, seconds
+    "memory.emptied",       # seconds
+    "prompt.finished",      # prompt, ok, seconds, placing_seconds, read_bytes, private_bytes, file_bytes, device_bytes, policies
+})
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happened.
+
+    Attributes:
+        name: one of `NAMES`.
+        fields: what a reader needs to know, JSON-able.
+        at: seconds since the epoch.
+
+    Raises:
+        ValueError: the name is not in the list.
+    """
+
+    name: str
+    fields: Mapping[str, Any]
+    at: float = field(default_factory=time.time)
+
+    def __post_init__(self) -> None:
+        if self.name not in NAMES:
+            raise ValueError(f"unknown event {self.name!r}")
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"at": round(self.at, 3), "event": self.name, **self.fields}

@@ -1,0 +1,163 @@
+"""Makes random-weight models that ComfyUI's stock loaders accept: `python make_models.py COMFYUI OUT NAME...`.
+
+OUT is a ComfyUI models folder. Names: see `MODELS`. Files that exist stay; seeds are fixed.
+"""
+import json
+import sys
+from pathlib import Path
+
+comfyui, out, *names = sys.argv[1:]
+sys.argv = [sys.argv[0], "--cpu"]
+sys.path.insert(0, comfyui)
+import comfy.options
+
+comfy.options.enable_args_parsing()
+import comfy.clip_model
+import comfy.ldm.flux.model
+import comfy.ldm.wan.model
+import comfy.ldm.wan.vae
+import comfy.ops
+import comfy.taesd.taesd
+import safetensors.torch
+import torch
+from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
+
+OPS = comfy.ops.disable_weight_init
+NORMS = ("norm.weight", "norm.scale", "gamma")
+
+
+def randomize(shapes, dtype, seed, scale=0.5):
+    """Random weights of the size that keeps activations from vanishing or exploding."""
+    generator = torch.Generator().manual_seed(seed)
+    state_dict = {}
+    for key, value in shapes.items():
+        if not value.dtype.is_floating_point:
+            state_dict[key] = value.clone()
+        elif key.endswith(NORMS) or (value.ndim == 1 and key.endswith("weight")):
+            state_dict[key] = torch.ones(value.shape, dtype=dtype)
+        elif value.ndim <= 1:
+            state_dict[key] = torch.zeros(value.shape, dtype=dtype)
+        else:
+            weight = torch.randn(value.shape, generator=generator) * (scale / value[0].numel() ** 0.5)
+            state_dict[key] = weight.to(dtype).contiguous()
+    return state_dict
+
+
+def meta(build):
+    """The shapes of a model, without its memory."""
+    with torch.device("meta"):
+        return build().state_dict()
+
+
+def sd3(seed, dtype=torch.float16, depth=2):
+    return randomize(meta(lambda: OpenAISignatureMMDITWrapper(
+        input_size=None, patch_size=2, in_channels=16, depth=depth, adm_in_channels=2048,
+        context_embedder_config={"target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 64 * depth}},
+        num_patches=64 * 64, pos_embed_max_size=64, pos_embed_scaling_factor=None, out_channels=16, qk_norm=None,
+        dtype=torch.float32, device="meta", operations=OPS)), dtype, seed)
+
+
+def flux(seed, dtype=torch.bfloat16, hidden=128, depth=2, single=2):
+    return randomize(meta(lambda: comfy.ldm.flux.model.Flux(
+        in_channels=16, out_channels=16, vec_in_dim=768, context_in_dim=768, hidden_size=hidden, mlp_ratio=4.0,
+        num_heads=hidden // 128, depth=depth, depth_single_blocks=single, axes_dim=[16, 56, 56], theta=10000, patch_size=2,
+        qkv_bias=True, guidance_embed=True, txt_ids_dims=[], dtype=torch.float32, device="meta", operations=OPS)), dtype, seed)
+
+
+def big_flux(seed, dtype=torch.bfloat16):
+    return flux(seed, dtype, hidden=1024, depth=6, single=12)
+
+
+def wan(seed, dtype=torch.float16):
+    return randomize(meta(lambda: comfy.ldm.wan.model.WanModel(
+        model_type="t2v", in_dim=16, out_dim=16, dim=128, ffn_dim=128, num_heads=1, num_layers=2, text_dim=4096,
+        device="meta", dtype=torch.float32, operations=OPS)), dtype, seed)
+
+
+def taesd(seed, dtype=torch.float16):
+    state_dict = randomize(comfy.taesd.taesd.TAESD(latent_channels=16).state_dict(), dtype, seed, scale=1.4)
+    return {**state_dict, "vae_scale": torch.tensor(1.0), "vae_shift": torch.tensor(0.0)}
+
+
+def wan_vae(seed, dtype=torch.float16):
+    return randomize(comfy.ldm.wan.vae.WanVAE(
+        dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[], temperal_downsample=[False, True, True],
+        image_channels=3, conv_out_channels=3).state_dict(), dtype, seed, scale=1.0)
+
+
+def clip_l(seed, dtype=torch.float16):
+    config = json.loads((Path(comfy.clip_model.__file__).parent / "sd1_clip_config.json").read_text())
+    return randomize(meta(lambda: comfy.clip_model.CLIPTextModel(config, torch.float32, "meta", OPS)), dtype, seed)
+
+
+def clip_l_fp8(seed):
+    return {key: value.to(torch.float8_e4m3fn) if value.ndim == 2 else value for key, value in clip_l(seed).items()}
+
+
+def quantised_flux(seed):
+    """Linear weights in scaled fp8, each with the `comfy_quant` marker that the stock loader looks for."""
+    marker = torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)
+    state_dict = {}
+    for key, value in flux(seed).items():
+        layer = key.removesuffix(".weight")
+        if key.endswith(".weight") and value.ndim == 2 and "blocks." in key:
+            scale = value.abs().max().float() / 448
+            state_dict[key] = (value.float() / scale).to(torch.float8_e4m3fn)
+            state_dict[f"{layer}.weight_scale"] = scale
+            state_dict[f"{layer}.comfy_quant"] = marker.clone()
+        else:
+            state_dict[key] = value
+    return state_dict
+
+
+def checkpoint(seed, dtype=torch.float16):
+    return {**{f"model.diffusion_model.{k}": v for k, v in sd3(seed, dtype).items()},
+            **{f"first_stage_model.{k}": v for k, v in taesd(seed, dtype).items()},
+            **{f"text_encoders.clip_l.transformer.{k}": v for k, v in clip_l(seed, dtype).items()}}
+
+
+def lora(seed, weights, rank=4):
+    """A LoRA on every other matrix of a model."""
+    generator = torch.Generator().manual_seed(seed)
+    state_dict = {}
+    for key, value in list(weights.items())[::2]:
+        if value.ndim == 2 and key.endswith(".weight") and "blocks." in key:
+            name = f"diffusion_model.{key.removesuffix('.weight')}"
+            state_dict[f"{name}.lora_up.weight"] = torch.randn(value.shape[0], rank, generator=generator) * 0.3
+            state_dict[f"{name}.lora_down.weight"] = torch.randn(rank, value.shape[1], generator=generator) * 0.3
+            state_dict[f"{name}.alpha"] = torch.tensor(float(rank))
+    return state_dict
+
+
+MODELS = {
+    "diffusion_models/flux_a": lambda: flux(2),
+    "diffusion_models/flux_b": lambda: flux(12),
+    "diffusion_models/flux_quantised": lambda: quantised_flux(2),
+    "diffusion_models/sd3": lambda: sd3(1),
+    "diffusion_models/wan": lambda: wan(3),
+    "diffusion_models/big_a": lambda: big_flux(2),
+    "diffusion_models/big_b": lambda: big_flux(12),
+    "diffusion_models/big_fp32": lambda: big_flux(2, torch.float32),
+    "diffusion_models/middle_a": lambda: flux(2, hidden=512, depth=2, single=4),
+    "diffusion_models/middle_b": lambda: flux(12, hidden=512, depth=2, single=4),
+    "vae/taesd": lambda: taesd(4),
+    "vae/wan": lambda: wan_vae(5),
+    "text_encoders/clip_l": lambda: clip_l(6),
+    "text_encoders/clip_l_other": lambda: clip_l(16),
+    "text_encoders/clip_l_fp8": lambda: clip_l_fp8(6),
+    "checkpoints/sd3": lambda: checkpoint(7),
+    "checkpoints/sd3_fp32": lambda: checkpoint(7, torch.float32),
+    "loras/flux_one": lambda: lora(8, flux(2)),
+    "loras/flux_two": lambda: lora(9, flux(2)),
+    "loras/middle": lambda: lora(8, flux(2, hidden=512, depth=2, single=4)),
+}
+
+for name in names:
+    path = Path(out) / f"{name}.safetensors"
+    if path.exists():
+        continue
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    safetensors.torch.save_file(MODELS[name](), partial)
+    partial.rename(path)
+    print(f"{path.name}: {path.stat().st_size / 2**20:.1f} MB", flush=True)

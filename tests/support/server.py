@@ -1,0 +1,200 @@
+"""A real ComfyUI in a process of its own, driven over its HTTP API."""
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+PLUGIN = Path(__file__).parents[2]
+SIMULATED_NPU = Path(__file__).parent / "simulated_npu"
+MB = 2**20
+
+
+class PromptFailed(Exception):
+    """A node raised; the message is ComfyUI's."""
+
+
+class Server:
+    """Starts ComfyUI with or without the plugin.
+
+    Args:
+        comfyui: its folder.
+        base: a scratch folder: outputs, user files, custom nodes. May be used by several servers one after the other.
+        models: a models folder.
+        plugin: whether the plugin is in `custom_nodes`.
+        settings: the user's settings.toml for the plugin.
+        device_mb: memory of the simulated accelerator; None runs on the CPU.
+        packs: folders of other packs, to be put into `custom_nodes`.
+    """
+
+    def __init__(self, comfyui: Path, base: Path, models: Path, *, plugin: bool = True, settings: str = "",
+                 device_mb: int | None = None, args: Sequence[str] = (), env: Mapping[str, str] | None = None,
+                 packs: Sequence[Path] = (), device_args: Sequence[str] | None = None) -> None:
+        self.base, self.plugin = base, plugin
+        self._prepare(models, settings, packs)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        variables = {**os.environ, "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2", **(env or {})}
+        self._stats_file = base / "stats.json"
+        if device_args is None:
+            device_args = ["--cpu"] if device_mb is None else []
+        if device_mb is not None:
+            variables |= {"SIMNPU_MB": str(device_mb), "SIMNPU_STATS": str(self._stats_file),
+                          "PYTHONPATH": os.pathsep.join([str(SIMULATED_NPU), os.environ.get("PYTHONPATH", "")])}
+        self.simulated = device_mb is not None
+        self.log_file = base / "server.log"
+        command = [sys.executable, str(comfyui / "main.py"), "--port", str(self.port), "--base-directory", str(base),
+                   "--front-end-root", str(base / "web"), "--database-url", "sqlite:///:memory:", "--disable-api-nodes",
+                   *device_args, *args]
+        with self.log_file.open("w") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=variables, cwd=base)
+        try:
+            self._wait()
+        except BaseException:
+            self.stop()
+            raise
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _prepare(self, models: Path, settings: str, packs: Sequence[Path]) -> None:
+        (self.base / "web").mkdir(parents=True, exist_ok=True)
+        (self.base / "web" / "index.html").write_text("<html></html>")
+        nodes = self.base / "custom_nodes"
+        nodes.mkdir(exist_ok=True)
+        for old in nodes.iterdir():
+            if old.is_symlink():
+                old.unlink()
+        for index, pack in enumerate([*([PLUGIN] if self.plugin else []), *packs]):
+            (nodes / f"{index}_{pack.name}").symlink_to(pack)
+        if not (self.base / "models").exists():
+            (self.base / "models").symlink_to(models)
+        user = self.base / "user" / "residency"
+        user.mkdir(parents=True, exist_ok=True)
+        (user / "settings.toml").write_text(settings)
+        (user / "telemetry.jsonl").unlink(missing_ok=True)
+
+    def _wait(self, seconds: float = 180) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"ComfyUI ended at start:\n{self.log()[-4000:]}")
+            try:
+                self._get("/system_stats")
+                return
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                time.sleep(0.1)
+        raise RuntimeError(f"ComfyUI did not start in {seconds} s:\n{self.log()[-4000:]}")
+
+    def run(self, workflow: Mapping[str, Any], seconds: float = 300) -> float:
+        """Runs a prompt to its end and returns the seconds that it took.
+
+        Raises:
+            PromptFailed: a node raised, or the workflow was refused.
+        """
+        return self.finish(self.queue(workflow), seconds)
+
+    def queue(self, workflow: Mapping[str, Any]) -> str:
+        """Queues a prompt and returns its id."""
+        try:
+            return str(self._post("/prompt", {"prompt": workflow})["prompt_id"])
+        except urllib.error.HTTPError as error:
+            raise PromptFailed(error.read().decode()) from None
+
+    def finish(self, prompt: str, seconds: float = 300) -> float:
+        """Waits for a prompt, and returns the seconds between its start and end messages."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"ComfyUI died:\n{self.log()[-4000:]}")
+            entry = self._get(f"/history/{prompt}").get(prompt)
+            if entry is not None and entry.get("status"):
+                messages = dict(entry["status"]["messages"])
+                if entry["status"]["status_str"] != "success":
+                    failed = messages.get("execution_error") or {"exception_message": "interrupted"}
+                    raise PromptFailed(failed["exception_message"])
+                return float(messages["execution_success"]["timestamp"] - messages["execution_start"]["timestamp"]) / 1000
+            time.sleep(0.02)
+        raise RuntimeError(f"the prompt did not end in {seconds} s:\n{self.log()[-4000:]}")
+
+    def interrupt(self) -> None:
+        self._post("/interrupt", {})
+
+    def free(self) -> None:
+        """`POST /free` with both flags."""
+        self._post("/free", {"unload_models": True, "free_memory": True})
+
+    def latents(self, prefix: str = "out") -> torch.Tensor:
+        """The latents that were saved last under this prefix."""
+        files = sorted((self.base / "output").glob(f"{prefix}_?????_.latent"))
+        return safetensors.torch.load_file(files[-1])["latent_tensor"]
+
+    def events(self, name: str | None = None) -> list[dict[str, Any]]:
+        """The plugin's telemetry since the start, of one name or all."""
+        file = self.base / "user" / "residency" / "telemetry.jsonl"
+        events = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return [event for event in events if name in (None, event["event"])]
+
+    def device(self) -> dict[str, int]:
+        """The simulated accelerator's counters, in bytes."""
+        self._stats_file.unlink(missing_ok=True)
+        self.process.send_signal(signal.SIGUSR2)
+        end = time.monotonic() + 30
+        while not self._stats_file.exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        stats = json.loads(self._stats_file.read_text())
+        return {"used": sum(stats["used"]), "to_device": stats["h2d_bytes"], "to_host": stats["d2h_bytes"]}
+
+    def private_bytes(self) -> int:
+        """Private RAM, without the memory that plays the accelerator's."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        private = int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1]) * 1024
+        return private - (self.device()["used"] if self.simulated else 0)
+
+    def storage_bytes(self) -> int:
+        """Bytes read from storage so far."""
+        text = Path(f"/proc/{self.process.pid}/io").read_text()
+        return int(next(line for line in text.splitlines() if line.startswith("read_bytes")).split()[1])
+
+    def maps(self, name: str) -> list[str]:
+        """The lines of the process's memory map that name a file."""
+        return [line for line in Path(f"/proc/{self.process.pid}/maps").read_text().splitlines() if name in line]
+
+    def log(self) -> str:
+        return self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+        self.process.wait()
+
+    def _get(self, path: str) -> Any:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=60) as answer:
+            return json.loads(answer.read())
+
+    def _post(self, path: str, body: Mapping[str, Any]) -> Any:
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(),
+                                         {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            text = answer.read()
+            return json.loads(text) if text else {}

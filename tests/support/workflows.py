@@ -1,0 +1,92 @@
+"""Stock workflows in ComfyUI's API format, small enough to read."""
+from __future__ import annotations
+
+from typing import Any
+
+Workflow = dict[str, dict[str, Any]]
+
+
+def node(kind: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": kind, "inputs": inputs}
+
+
+def text_to_latent(model: str, *, clip: str = "clip_l", clip_type: str = "stable_diffusion", seed: int = 1, steps: int = 2,
+                   size: int = 64, loras: tuple[tuple[str, float], ...] = (), weight_dtype: str = "default",
+                   vae: str | None = None, prefix: str = "out") -> Workflow:
+    """Loads a diffusion model and a text encoder, samples, and saves the latents under `prefix`."""
+    flow = {
+        "model": node("UNETLoader", unet_name=f"{model}.safetensors", weight_dtype=weight_dtype),
+        "clip": node("CLIPLoader", clip_name=f"{clip}.safetensors", type=clip_type),
+    }
+    return _sample(flow, ["model", 0], ["clip", 0], seed, steps, size, loras, ["vae", 0] if vae else None, prefix,
+                   {"vae": node("VAELoader", vae_name=f"{vae}.safetensors")} if vae else {})
+
+
+def from_checkpoint(name: str, *, seed: int = 1, steps: int = 2, size: int = 64, prefix: str = "out") -> Workflow:
+    """The same with everything from one checkpoint, decoded too."""
+    flow = {"checkpoint": node("CheckpointLoaderSimple", ckpt_name=f"{name}.safetensors")}
+    return _sample(flow, ["checkpoint", 0], ["checkpoint", 1], seed, steps, size, (), ["checkpoint", 2], prefix, {})
+
+
+def two_encoders(model: str, clips: tuple[str, str], *, seed: int = 1, prefix: str = "out") -> Workflow:
+    """A diffusion model with two text encoders in one loader."""
+    flow = {
+        "model": node("UNETLoader", unet_name=f"{model}.safetensors", weight_dtype="default"),
+        "clip": node("DualCLIPLoader", clip_name1=f"{clips[0]}.safetensors", clip_name2=f"{clips[1]}.safetensors", type="sdxl"),
+    }
+    return _sample(flow, ["model", 0], ["clip", 0], seed, 2, 64, (), None, prefix, {})
+
+
+def both(first: str, second: str, *, seed: int = 1, steps: int = 2, prefix: str = "out", size: int = 64) -> Workflow:
+    """One prompt that samples with one model and then with another, with one text encoder."""
+    flow = text_to_latent(first, seed=seed, steps=steps, size=size, prefix=f"{prefix}_a")
+    flow["model2"] = node("UNETLoader", unet_name=f"{second}.safetensors", weight_dtype="default")
+    flow["sample2"] = {**flow["sample"], "inputs": {**flow["sample"]["inputs"], "model": ["model2", 0],
+                                                    "latent_image": ["sample", 0], "denoise": 0.7}}
+    flow["save2"] = node("SaveLatent", samples=["sample2", 0], filename_prefix=f"{prefix}_b")
+    return flow
+
+
+def hooked_lora(model: str, lora: str, *, strength: float = 1.0, seed: int = 1, prefix: str = "out") -> Workflow:
+    """A LoRA that is scheduled by hooks: on for the first half of the steps."""
+    flow = text_to_latent(model, seed=seed, steps=4, prefix=prefix)
+    flow |= {
+        "hook": node("CreateHookLoraModelOnly", lora_name=f"{lora}.safetensors", strength_model=strength),
+        "keyframe": node("CreateHookKeyframe", strength_mult=1.0, start_percent=0.0),
+        "keyframe2": node("CreateHookKeyframe", strength_mult=0.0, start_percent=0.5, prev_hook_kf=["keyframe", 0]),
+        "scheduled": node("SetHookKeyframes", hooks=["hook", 0], hook_kf=["keyframe2", 0]),
+        "hooked": node("ConditioningSetProperties", cond_NEW=["positive", 0], strength=1.0, set_cond_area="default",
+                       hooks=["scheduled", 0]),
+    }
+    flow["sample"]["inputs"]["positive"] = ["hooked", 0]
+    return flow
+
+
+def video(model: str, vae: str, *, seed: int = 1, prefix: str = "out") -> Workflow:
+    """A Wan-like model on five frames, decoded with a Wan VAE and encoded again."""
+    flow = text_to_latent(model, clip_type="sd3", seed=seed, prefix=prefix, vae=vae)
+    flow["empty"] = node("EmptyHunyuanLatentVideo", width=64, height=64, length=5, batch_size=1)
+    return flow
+
+
+def _sample(flow: Workflow, model: list[Any], clip: list[Any], seed: int, steps: int, size: int,
+            loras: tuple[tuple[str, float], ...], vae: list[Any] | None, prefix: str, more: Workflow) -> Workflow:
+    flow = {**flow, **more}
+    for index, (name, strength) in enumerate(loras):
+        flow[f"lora{index}"] = node("LoraLoaderModelOnly", model=model, lora_name=f"{name}.safetensors", strength_model=strength)
+        model = [f"lora{index}", 0]
+    flow |= {
+        "positive": node("CLIPTextEncode", clip=clip, text="a cat"),
+        "negative": node("CLIPTextEncode", clip=clip, text=""),
+        "empty": node("EmptySD3LatentImage", width=size, height=size, batch_size=1),
+        "sample": node("KSampler", model=model, seed=seed, steps=steps, cfg=3.0, sampler_name="euler", scheduler="simple",
+                       positive=["positive", 0], negative=["negative", 0], latent_image=["empty", 0], denoise=1.0),
+        "save": node("SaveLatent", samples=["sample", 0], filename_prefix=prefix),
+    }
+    if vae is not None:
+        # Random weights saturate pixels, so what the VAE makes is compared before anything clips it: as a latent again.
+        flow["decode"] = node("VAEDecode", samples=["sample", 0], vae=vae)
+        flow["encode"] = node("VAEEncode", pixels=["decode", 0], vae=vae)
+        flow["save_vae"] = node("SaveLatent", samples=["encode", 0], filename_prefix=f"{prefix}_vae")
+        flow["preview"] = node("SaveImage", images=["decode", 0], filename_prefix=prefix)
+    return flow
