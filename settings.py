@@ -22,6 +22,7 @@ else:
 
 T = TypeVar("T")
 Auto = typing.Union[float, str]  # gigabytes, or "auto"
+LARGEST = 10**12  # in any unit more than anybody means; TOML also has inf and nan
 AUTO: dict[str, Any] = {"choices": ("auto",), "minimum": 0}
 
 
@@ -68,9 +69,9 @@ def load(files: Iterable[Path], policies: Mapping[str, type[Any]]) -> Settings:
     merged: dict[str, Any] = {}
     origin = "settings.toml"
     for file in files:
-        if not file.is_file():
-            continue
         table = _read(file)
+        if table is None:
+            continue
         origin = str(file)
         _check(table, policies, origin)
         _merge(merged, table)
@@ -102,12 +103,12 @@ class Watch:
         try:
             self.now = load(self._files, self._policies)
         except SettingsError as error:
-            logging.getLogger("residency").error("[residency] %s The last good settings stay.", error)
+            logging.getLogger("residency").error("[residency] %s. The last good settings stay.", str(error).rstrip("."))
             return False
         return True
 
     def _read_stamps(self) -> list[int]:
-        return [file.stat().st_mtime_ns if file.is_file() else 0 for file in self._files]
+        return [_stamp(file) for file in self._files]
 
 
 def fill(kind: type[T], table: Mapping[str, Any], origin: str, prefix: str = "") -> T:
@@ -146,7 +147,7 @@ def _convert(hint: Any, value: Any, limits: Mapping[str, Any], where: str, prefi
     choices = limits.get("choices")
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is Auto:
-        ok, wanted = number or value in choices, 'a number of gigabytes or "auto"'
+        ok, wanted = number or value in (choices or ()), '"auto" or a number of gigabytes'
     elif hint is float:
         ok, wanted = number, "a number"
     elif hint is int:
@@ -159,19 +160,32 @@ def _convert(hint: Any, value: Any, limits: Mapping[str, Any], where: str, prefi
     else:
         ok, wanted = isinstance(value, list) and all(isinstance(v, str) for v in value), "a list of strings"
         value = tuple(value) if ok else value
-    if not ok or (number and value < limits.get("minimum", value)):
-        wanted += f" of at least {limits['minimum']}" if ok else ""
+    least = limits.get("minimum", -LARGEST)
+    if ok and number and not least <= value <= LARGEST:
+        ok, wanted = False, wanted + (f" of at least {least}" if value < least else f" of at most {LARGEST}")
+    if not ok:
         raise SettingsError(f"{where} must be {wanted}, not {value!r}")
     return value
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _stamp(file: Path) -> int:
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{file}: this is not TOML: {error}. Mend the line, or delete the file to get the defaults back.") from None
+        return file.stat().st_mtime_ns
+    except OSError:  # no such file, or it went away just now
+        return 0
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    try:
+        table: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8-sig"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number too long to read, or nested too deeply
+        raise SettingsError(f"{file}: this is not TOML: {error}. "
+                            "Mend the line, or delete the file to get the defaults back.") from None
     except OSError as error:
         raise SettingsError(f"{file}: cannot be read: {error.strerror}") from None
+    return table
 
 
 def _check(table: Mapping[str, Any], policies: Mapping[str, type[Any]], origin: str) -> None:
@@ -185,6 +199,8 @@ def _check(table: Mapping[str, Any], policies: Mapping[str, type[Any]], origin: 
     for name in own.get("policies", ()):
         if name not in policies:
             raise SettingsError(f"{origin}: 'policies' names '{name}', which does not exist{nearest(name, policies)}")
+        if own["policies"].count(name) > 1:
+            raise SettingsError(f"{origin}: 'policies' names '{name}' twice")
     for name, kind in policies.items():
         if not isinstance(table.get(name, {}), dict):
             raise SettingsError(f"{origin}: '{name}' is a table, write [{name}]")

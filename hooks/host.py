@@ -63,6 +63,7 @@ class Lifecycle:
     def is_cancel(self, error: BaseException) -> bool:
         return isinstance(error, comfy.model_management.InterruptProcessingException)
 
+
 def connect() -> Host:
     """The host that we are running in."""
     return Host(Reading(), Memory(), Lifecycle())

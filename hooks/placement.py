@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import comfy.model_management
 import torch
@@ -50,24 +51,26 @@ def census(module: torch.nn.Module, bank: Bank) -> Counter[Residency]:
 
 def hooks(bank: Bank, stopwatch: Stopwatch) -> tuple[Hook, ...]:
     """The hooks of this file; `bank` tells which weights are a file's mapping."""
-    seen: dict[int, tuple[int, int]] = {}  # by model: bytes on the device and in all, when we last spoke of it
+    # Bytes on the device and in all: when a call came in, and when we last spoke of a model.
+    came: WeakKeyDictionary[HostCall, tuple[int, int]] = WeakKeyDictionary()
+    told: WeakKeyDictionary[torch.nn.Module, tuple[int, int]] = WeakKeyDictionary()
 
     def place(call: HostCall) -> PlaceModel | None:
         patcher = call.instance.model
         if patcher is None:
             return None
         budget = float(call["lowvram_model_memory"])
-        return PlaceModel(PatcherWeights(patcher), call.instance.device, budget or None)
+        weights = PatcherWeights(patcher)
+        came[call] = (weights.on_device(), weights.size())
+        return PlaceModel(weights, call.instance.device, budget or None)
 
     def placed(call: HostCall, request: PlaceModel, answer: Any, seconds: float) -> None:
         weights = request.weights
         assert isinstance(weights, PatcherWeights)
         state = (weights.on_device(), weights.size())
-        if seen.get(id(weights.module)) == state:
+        if came[call] == state == told.get(weights.module):
             return  # nothing moved: a warm prompt
-        if len(seen) > 100:
-            seen.clear()
-        seen[id(weights.module)] = state
+        told[weights.module] = state
         where = census(weights.module, bank)
         emit("model.placed", model=weights.name, device=str(request.device), seconds=seconds,
              device_bytes=where[Residency.DEVICE], mapped_bytes=where[Residency.MAPPED], host_bytes=where[Residency.HOST])

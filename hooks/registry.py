@@ -5,11 +5,13 @@ where somebody wrapped on top of us we stay as a plain pass-through (*retired*).
 """
 from __future__ import annotations
 
+import inspect
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Generator
+from functools import partial
+from typing import Any
 
 import wrapt
 
@@ -80,7 +82,7 @@ class HookRegistry:
             needed = wanted is not None and (entry.hook.report is not None or entry.hook.asks in wanted)
             if needed and not entry.armed and entry.state != "declined":
                 self._install(entry)
-            elif not needed and entry.armed:
+            elif not needed and entry.wrapper is not None:
                 self._remove(entry)
 
     def remove_all(self) -> None:
@@ -113,17 +115,21 @@ class HookRegistry:
         for entry in self.entries.values():
             if entry.armed and not entry.shadowed and entry.site is not None:
                 current = vars(entry.site.owner).get(entry.site.name)
-                if not _reaches(current, entry.wrapper):
+                if not any(layer is entry.wrapper for layer in _layers(current)):
                     entry.shadowed = True
                     emit("hook.shadowed", hook=entry.hook.name, by=getattr(current, "__module__", None) or repr(current))
 
     def _install(self, entry: Entry) -> None:
-        if entry.state == "retired":  # still in the chain, under somebody's wrapper
+        if entry.state != "retired":  # a retired one is still in the chain, under somebody's wrapper
+            self._wrap(entry)
+        if entry.site is not None and entry.wrapper is not None:
+            _replace_copies(entry.hook.seam, entry.site.original, entry.wrapper)
             entry.armed, entry.state = True, "installed"
-            return
+
+    def _wrap(self, entry: Entry) -> None:
         try:
             entry.site = site = entry.hook.seam.resolve()
-            if getattr(site.original, _MARK, False):
+            if any(getattr(layer, _MARK, False) for layer in _layers(site.original)):
                 raise Declined("a second copy of this plugin wrapped it already; remove one folder from custom_nodes")
         except Declined as declined:
             entry.state, entry.reason = "declined", str(declined)
@@ -132,36 +138,35 @@ class HookRegistry:
         entry.wrapper = wrapt.FunctionWrapper(site.original, self._intercept(entry), enabled=lambda: entry.armed)
         setattr(entry.wrapper, _MARK, True)
         setattr(site.owner, site.name, entry.wrapper)
-        for module, name in entry.hook.seam.copies():
-            if getattr(module, name) is site.original:
-                setattr(module, name, entry.wrapper)
-        entry.armed, entry.state = True, "installed"
 
     def _remove(self, entry: Entry) -> None:
         entry.armed = False
         site, wrapper = entry.site, entry.wrapper
         if site is None:
             return
-        for module, name in entry.hook.seam.copies():
-            if getattr(module, name) is wrapper:
-                setattr(module, name, site.original)
-        if vars(site.owner).get(site.name) is wrapper:
+        _replace_copies(entry.hook.seam, wrapper, site.original)
+        on_top = vars(site.owner).get(site.name) is wrapper
+        if on_top:
             setattr(site.owner, site.name, site.original)
-            entry.state, entry.wrapper = "removed", None
-        else:
-            if entry.state != "retired":
-                emit("hook.retired", hook=entry.hook.name)
-            entry.state = "retired"
+            entry.wrapper = None
+        if entry.state == "declined":  # it failed: taken out, and not tried again
+            return
+        if not on_top and entry.state != "retired":
+            emit("hook.retired", hook=entry.hook.name)
+        entry.state = "removed" if on_top else "retired"
 
     def _intercept(self, entry: Entry) -> Callable[..., Any]:
-        hook, signature = entry.hook, entry.site.signature if entry.site else None
-        assert signature is not None
+        hook, site = entry.hook, entry.site
+        assert site is not None
+        is_method = inspect.isclass(site.owner)
 
         def wrapper(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             entry.hits += 1
-            if self._probing:
+            if is_method and instance is None and args:  # called as it lies in the class, not through an instance
+                wrapped, instance, args = partial(wrapped, args[0]), args[0], args[1:]
+            if self._probing or (is_method and not isinstance(instance, site.owner)):
                 return wrapped(*args, **kwargs)
-            call = HostCall(wrapped, instance, args, kwargs, signature)
+            call = HostCall(wrapped, instance, args, kwargs, site.signature)
             try:
                 request = hook.translate(call)
             except Exception as error:  # our reading of the seam is wrong: the host must not pay for it
@@ -195,9 +200,14 @@ def _host(hook: Hook, call: HostCall, original: Request) -> Callable[[Request], 
     return answer
 
 
-def _reaches(function: Any, wrapper: Any) -> bool:
+def _replace_copies(seam: Seam, old: Any, new: Any) -> None:
+    for module, name in seam.copies():
+        if getattr(module, name) is old:
+            setattr(module, name, new)
+
+
+def _layers(function: Any) -> Iterator[Any]:
     while function is not None:
-        if function is wrapper:
-            return True
+        yield function
+        yield getattr(function, "_self_parent", None)  # wrapt: the wrapper itself, where it was found through its class
         function = getattr(function, "__wrapped__", None)
-    return False

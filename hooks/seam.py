@@ -50,7 +50,7 @@ class Seam:
         """Finds the attribute where it is defined.
 
         Raises:
-            Declined: the module, the attribute or a parameter is not there.
+            Declined: the module, the attribute or a parameter is not there, or the parameters cannot be read.
         """
         try:
             owner: Any = importlib.import_module(self.module)
@@ -65,7 +65,10 @@ class Seam:
         original = vars(owner).get(name)
         if not callable(original):
             raise Declined(f"{self.module} has no {self.path} of its own")
-        signature = inspect.signature(original)
+        try:
+            signature = inspect.signature(original)
+        except (TypeError, ValueError) as error:  # somebody put a compiled function there
+            raise Declined(f"{self.name} does not tell its parameters: {error}") from None
         if classes:
             signature = signature.replace(parameters=list(signature.parameters.values())[1:])
         missing = [need for need in self.needs if need not in signature.parameters]

@@ -1,6 +1,7 @@
 """Opinions on where weights live. A policy's name is its module's name.
 
-A policy module imports what is heavy or optional when it starts, not before; it has a frozen dataclass `Settings`, filled from the table of its name, and `create(settings, tools)`.
+A policy module imports what is heavy or optional when it starts, not before; it has a frozen dataclass `Settings`, filled
+from the table of its name, and `create(settings, tools)`.
 """
 from __future__ import annotations
 

@@ -25,7 +25,8 @@ class PolicyChain:
         is_cancel: tells the host's Cancel, which some hosts raise as an ordinary exception, from a policy's own failure.
     """
 
-    def __init__(self, policies: Iterable[Policy] = (), is_cancel: Callable[[BaseException], bool] = lambda error: False) -> None:
+    def __init__(self, policies: Iterable[Policy] = (),
+                 is_cancel: Callable[[BaseException], bool] = lambda error: False) -> None:
         self.policies = tuple(policies)
         self._is_cancel = is_cancel
 

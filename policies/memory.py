@@ -50,7 +50,7 @@ def process_memory() -> ProcessMemory:
 
 
 def _cgroup_folder() -> list[tuple[Path, str, str, str]]:
-    """(folder, limit file, usage file, reclaimable key) of this process's memory cgroups, innermost first."""
+    """(folder, limit file, usage file, prefix of the counters) of this process's memory cgroups, innermost first."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -59,9 +59,9 @@ def _cgroup_folder() -> list[tuple[Path, str, str, str]]:
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            root, names = _CGROUPS, ("memory.max", "memory.current", "inactive_file")
+            root, names = _CGROUPS, ("memory.max", "memory.current", "")
         elif "memory" in controllers.split(","):
-            root, names = _CGROUPS / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            root, names = _CGROUPS / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
         else:
             continue
         folder = root / path.lstrip("/")
@@ -78,7 +78,7 @@ def ram() -> tuple[int, int]:
     """(total, available) RAM in bytes, of the tightest limit that holds for this process."""
     machine = psutil.virtual_memory()
     total, available = machine.total, machine.available
-    for folder, limit_file, usage_file, reclaimable in _cgroup_folder():
+    for folder, limit_file, usage_file, prefix in _cgroup_folder():
         try:
             limit = int((folder / limit_file).read_text())
             used = int((folder / usage_file).read_text())
@@ -87,7 +87,9 @@ def ram() -> tuple[int, int]:
             continue
         if limit < total:
             total = limit
-        available = min(available, limit - used + int(stat.get(reclaimable, 0)))
+        # Mapped weights that were read twice are "active"; the kernel takes back both kinds before it refuses.
+        cache = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
+        available = min(available, limit - used + cache)
     return total, max(0, available)
 
 

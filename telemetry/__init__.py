@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 from .event import Event
@@ -29,7 +30,8 @@ def detach(sink: Sink) -> None:
         _sinks.remove(sink)
         close = getattr(sink, "close", None)
         if close is not None:
-            close()
+            with suppress(OSError):  # a full disk: the last lines are lost, and nothing else
+                close()
 
 
 def replace(sinks: Iterable[Sink]) -> None:
@@ -51,5 +53,7 @@ def emit(name: str, /, **fields: Any) -> None:
         try:
             sink(event)
         except Exception as error:  # a full disk must not stop an image
-            _sinks.remove(sink)
+            if sink not in _sinks:  # another thread was here first
+                continue
+            detach(sink)
             log.warning("[residency] telemetry sink %s stopped: %s. The images are not affected.", sink, error)

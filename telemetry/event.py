@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 NAMES = frozenset({
-    "plugin.started",       # version, host, policies
+    "plugin.started",       # version, host, policies, settings, folder
     "settings.changed",     # policies
     "hook.installed",       # hook, exercised: did the self-test see it called
     "hook.declined",        # hook, reason
@@ -22,18 +22,20 @@ NAMES = frozenset({
     "policy.decided",       # policy, request, reason
     "policy.failed",        # policy, request, error
     "policy.ineffective",   # policy, reason, predicted_bytes, observed_bytes
-    "weights.read",         # file, bytes, seconds, from: bank | file
+    "weights.read",         # file, bytes, seconds, source: bank | file
     "weights.read_ahead",   # file, bytes, seconds
     "weights.mapped",       # file, bytes, copied_bytes, seconds
     "weights.restored",     # model, bytes, copied_bytes, seconds
     "weights.released",     # file, bytes, unmapped: true | false | null where the system cannot tell
     "file.changed",         # file, reason
+    "file.unreadable",      # file, reason
     "model.built",          # model, seconds
     "model.placed",         # model, device, seconds, device_bytes, mapped_bytes, host_bytes
     "model.released",       # model, device, seconds, bytes, partly
     "memory.freed",         # device, wanted_bytes, models, seconds
     "memory.emptied",       # seconds
-    "prompt.finished",      # prompt, ok, seconds, placing_seconds, read_bytes, private_bytes, file_bytes, device_bytes, policies
+    "prompt.finished",      # prompt, ok, seconds, placing_seconds, read_bytes, private_bytes, file_bytes,
+                            # device_bytes by device, policies: predicted_bytes and observed_bytes by policy
 })
 
 

@@ -18,35 +18,58 @@ MB = 2**20
 _INFO = frozenset({
     "hook.declined", "hook.retired", "hook.shadowed", "hook.failed", "policy.declined", "policy.failed",
     "policy.ineffective", "weights.read_ahead", "weights.mapped", "weights.restored", "weights.released",
-    "file.changed", "model.placed", "prompt.finished", "plugin.started", "settings.changed", "memory.emptied",
+    "file.changed", "file.unreadable", "model.placed", "prompt.finished", "plugin.started", "settings.changed",
+    "memory.emptied",
 })
-_WARNING = frozenset({"hook.failed", "policy.failed", "policy.ineffective", "file.changed", "hook.shadowed"})
+_WARNING = frozenset({"hook.failed", "policy.failed", "policy.ineffective", "file.changed", "file.unreadable", "hook.shadowed"})
 
-
-def _value(key: str, value: Any) -> str:
-    if key.endswith("bytes") and isinstance(value, (int, float)):
-        return f"{value / MB:.0f} MB"
-    if key.endswith("seconds") and isinstance(value, (int, float)):
-        return f"{value:.2f} s"
-    if isinstance(value, Mapping):
-        return " ".join(f"{k} {_value(key, v)}" for k, v in value.items()) or "none"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(str, value)) or "none"
-    return str(value)
+# What a line is about, in this order; then how it went, each with its preposition; and what comes last, after a colon.
+_SUBJECTS = ("file", "model", "hook", "policy", "request", "prompt")
+_LINKS = {"bytes": "", "device": "on ", "by": "by ", "source": "from ", "seconds": "in "}
+_REASONS = ("reason", "error")
 
 
 def line(event: Event) -> str:
     """The event as one console line, for example
     `weights.mapped big_flux.safetensors 807 MB in 0.02 s, 0 MB copied`."""
-    fields = {key: _value(key, value) for key, value in event.fields.items()}
-    subject = " ".join(fields.pop(key) for key in ("file", "model", "hook", "policy", "prompt") if key in fields)
-    if "bytes" in fields:
-        subject += " " + fields.pop("bytes")
-    if "seconds" in fields:
-        subject += " in " + fields.pop("seconds")
-    tail = [f"{value} {key[:-6].replace('_', ' ')}" if key.endswith("_bytes") else f"{key.replace('_', ' ')}: {value}"
-            for key, value in fields.items()]
-    return ", ".join([f"{event.name} {subject}".strip(), *tail])
+    fields = dict(event.fields)
+    head = [event.name, *(_value(key, fields.pop(key)) for key in _SUBJECTS if key in fields)]
+    head += [link + _value(key, fields.pop(key)) for key, link in _LINKS.items() if key in fields]
+    reasons = [_value(key, fields.pop(key)) for key in _REASONS if key in fields]
+    tail = ", ".join(filter(None, (_part(key, value) for key, value in fields.items())))
+    comma = ", " if len(head) > 1 else " "
+    return ": ".join([" ".join(head) + (comma + tail if tail else ""), *reasons])
+
+
+def _value(key: str, value: Any) -> str:
+    if value is None:
+        return "unknown"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if key.endswith("bytes") and isinstance(value, (int, float)):
+        return f"{value / MB:.0f} MB"
+    if key.endswith("seconds") and isinstance(value, (int, float)):
+        return f"{value:.2f} s"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} ({_parts(inner)})" if isinstance(inner, Mapping) else f"{name} {_value(str(name), inner)}"
+                         for name, inner in value.items()) or "none"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_value(key, item) for item in value) or "none"
+    return " ".join(str(value).split())  # torch writes errors in several lines
+
+
+def _part(key: str, value: Any) -> str:
+    """A field with its name: `0 MB copied`, `1.80 s placing`, `12 MB on cuda:0`, `exercised: yes`."""
+    name, _, unit = key.rpartition("_")
+    if unit not in ("bytes", "seconds") or not name:
+        return f"{key.replace('_', ' ')}: {_value(key, value)}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{_value(unit, inner)} on {where}" for where, inner in value.items())
+    return f"{_value(unit, value)} {name.replace('_', ' ')}"
+
+
+def _parts(fields: Mapping[str, Any]) -> str:
+    return ", ".join(_part(key, value) for key, value in fields.items()) or "none"
 
 
 class Console:
@@ -85,7 +108,8 @@ class JsonLines:
 
     def __call__(self, event: Event) -> None:
         text = json.dumps(event.as_dict(), default=str)
-        self._file.emit(logging.LogRecord("residency", logging.INFO, "", 0, text, None, None))
+        # Not `emit`: `handle` takes the lock, and models are released in any thread.
+        self._file.handle(logging.LogRecord("residency", logging.INFO, "", 0, text, None, None))
 
     def close(self) -> None:
         self._file.close()
@@ -114,9 +138,9 @@ def open_all(choices: Choices, folder: Path) -> list[Sink]:
         path = folder / choices.file  # a full path replaces the folder
         try:
             sinks.append(JsonLines(path, choices.max_mb, choices.keep))
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a path that no system takes, with a NUL in it
             log.warning("[residency] no telemetry file: %s cannot be written (%s). Set telemetry.file to another path, or "
-                        "to \"\" for none.", path, error.strerror)
+                        "to \"\" for none.", path, getattr(error, "strerror", None) or error)
     return sinks
 
 

@@ -1,43 +1,20 @@
-"""Loads the plugin as ComfyUI does, by its path, under the name `residency`; and ComfyUI's own modules for the CPU."""
+"""Every test sees the plugin's parts as `residency`, beside ComfyUI's own modules."""
 from __future__ import annotations
 
-import importlib.util
-import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from support.loading import COMFYUI, ROOT, TREES, VERSIONS, load
 
-ROOT = Path(__file__).parents[1]
-VERSIONS = ("0.16.3", "0.18.2", "0.24.0", "0.30.0")
-TREES = Path(os.environ.get("COMFYUI_TREES", ROOT / ".venv" / "comfyui"))
-COMFYUI = Path(os.environ.get("COMFYUI_PATH") or TREES / VERSIONS[-1])
+__all__ = ["COMFYUI", "ROOT", "TREES", "VERSIONS"]
 
-if not (COMFYUI / "main.py").exists():
-    raise pytest.UsageError(f"no ComfyUI in {COMFYUI}. Run `make setup`, or let COMFYUI_PATH name yours.")
+try:
+    load()
+except FileNotFoundError as error:
+    raise pytest.UsageError(str(error)) from None
 
-os.environ["RESIDENCY_DISABLE"] = "1"  # unit tests want the parts, not a running plugin
-sys.path.insert(0, str(COMFYUI))
-
-import comfy.cli_args  # noqa: E402
-
-comfy.cli_args.args.cpu = True
-
-
-def _load_plugin() -> None:
-    spec = importlib.util.spec_from_file_location("residency", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["residency"] = module
-    spec.loader.exec_module(module)
-
-
-_load_plugin()
-del os.environ["RESIDENCY_DISABLE"]
-
-from residency import telemetry  # noqa: E402
-from residency.telemetry.sinks import Ring  # noqa: E402
+from residency import telemetry
+from residency.telemetry.sinks import Ring
 
 
 @pytest.fixture

@@ -35,6 +35,7 @@ class MappedFile:
         start, end: the addresses of its first and past its last tensor byte.
         handle: keeps the mapping and gives tensors again; None once the bank let go, or where the tensors are all there is.
         used: when it was last leased, in seconds of the monotonic clock.
+        target: the path with links resolved, as the system's list of mappings has it.
     """
 
     path: str
@@ -43,7 +44,11 @@ class MappedFile:
     end: int
     handle: Any
     used: float = field(default_factory=time.monotonic)
+    target: str = field(init=False)
     _storages: list[StorageWeakRef] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.target = os.path.realpath(self.path)
 
     @property
     def name(self) -> str:
@@ -93,17 +98,30 @@ class Bank:
             fresh = file is None
             handle = file.handle if file else safetensors.safe_open(path, framework="pt", device="cpu")
             # Handles of safetensors are context managers that hand out themselves.
-            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118  it is no dict
-            file = file or self._add(path, identity, handle, tensors.values())
+            try:
+                tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118  it is no dict
+            except (TypeError, RuntimeError) as error:  # torch on a shape beyond 64 bits, which the header's check lets pass
+                raise safetensors.SafetensorError(f"a tensor cannot be made: {error}") from error
+            if file is None:
+                file = MappedFile(path, identity, *_span(tensors.values()), handle)
+                self._files.append(file)
             file.lend(tensors.values())
             return Lease(tensors, handle.metadata(), file, fresh)
 
-    def adopt(self, path: str, tensors: Iterable[torch.Tensor]) -> MappedFile:
-        """Takes note of tensors that somebody else mapped from a file (torch's own mmap)."""
+    def adopt(self, path: str, tensors: Iterable[torch.Tensor]) -> MappedFile | None:
+        """Takes note of tensors that somebody else mapped from a file (torch's own mmap). None if they are private after all.
+
+        Raises:
+            OSError: the file cannot be looked at.
+        """
         tensors = list(tensors)
+        file = MappedFile(path, Identity.of(path), *_span(tensors), handle=None)
+        # With one private tensor among them, the span holds memory of others too.
+        if file.end - file.start > file.identity.size or pages.is_mapped(file.start, file.end, file.target) is False:
+            return None
         with self._lock:
-            file = self._add(path, Identity.of(path), None, tensors)
             file.lend(tensors)
+            self._files.append(file)
             return file
 
     def file_of(self, tensor: torch.Tensor) -> MappedFile | None:
@@ -153,17 +171,16 @@ class Bank:
         for file in self._files:
             if file.handle is None or file.path != path or file.in_use():
                 continue
-            if file.identity == identity and pages.is_pristine(file.start, file.end, path):
+            if file.identity == identity and pages.is_pristine(file.start, file.end, file.target):
                 return file
             file.handle = None  # changed on disk, written to, or the system does not tell: never served again
         return None
 
-    def _add(self, path: str, identity: Identity, handle: Any, tensors: Iterable[torch.Tensor]) -> MappedFile:
-        spans = [(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in tensors if tensor.numel()]
-        start, end = min((s for s, _ in spans), default=0), max((e for _, e in spans), default=0)
-        file = MappedFile(path, identity, start, end, handle)
-        self._files.append(file)
-        return file
+
+def _span(tensors: Iterable[torch.Tensor]) -> tuple[int, int]:
+    """The addresses of the first and past the last byte."""
+    spans = [(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in tensors if tensor.numel()]
+    return min((start for start, _ in spans), default=0), max((end for _, end in spans), default=0)
 
 
 def _changed(file: MappedFile) -> bool:
@@ -174,5 +191,5 @@ def _changed(file: MappedFile) -> bool:
 
 
 def _record_release(file: MappedFile) -> None:
-    mapped = pages.is_mapped(file.start, file.end, file.path)
+    mapped = pages.is_mapped(file.start, file.end, file.target)
     emit("weights.released", file=file.name, bytes=file.identity.size, unmapped=None if mapped is None else not mapped)

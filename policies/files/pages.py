@@ -18,7 +18,11 @@ CHUNK = 16 * 2**20
 
 
 def _regions(start: int, end: int, path: str) -> list[psutil._pslinux.pmmap_ext] | None:
-    """The process's regions in [start, end) that map `path`; None where the system does not tell."""
+    """The process's regions in [start, end) that map `path`; None where the system does not tell.
+
+    Args:
+        path: with links resolved, as the system lists it.
+    """
     try:
         regions = psutil.Process().memory_maps(grouped=False)
     except (AttributeError, psutil.Error, OSError, NotImplementedError):
@@ -27,7 +31,9 @@ def _regions(start: int, end: int, path: str) -> list[psutil._pslinux.pmmap_ext]
     inside = []
     for region in regions:
         first, _, last = region.addr.partition("-")
-        if last and int(first, 16) < end and int(last, 16) > start and name in region.path:
+        if not last:  # Windows tells where a region begins, not where it ends
+            return None
+        if int(first, 16) < end and int(last, 16) > start and name in region.path:
             inside.append(region)
     return inside
 
@@ -50,11 +56,12 @@ def is_mapped(start: int, end: int, path: str) -> bool | None:
 
 
 def is_pristine(start: int, end: int, path: str) -> bool | None:
-    """Whether no page of a copy-on-write mapping was written to: a written page has become anonymous memory."""
+    """Whether no page of a copy-on-write mapping was written to: a written page has become anonymous memory,
+    or swap."""
     regions = _regions(start, end, path)
     if not regions or not hasattr(regions[0], "anonymous"):
         return None
-    return all(region.anonymous == 0 for region in regions)
+    return all(region.anonymous == 0 and region.swap == 0 for region in regions)
 
 
 def resident_fraction(start: int, end: int, path: str) -> float | None:
@@ -86,12 +93,12 @@ def read_ahead(path: str, limit: int, progress: Callable[[int, int], None]) -> i
     """
     size = min(os.path.getsize(path), limit)
     done = 0
-    buffer = bytearray(CHUNK)
+    buffer = memoryview(bytearray(CHUNK))
     with open(path, "rb", buffering=0) as file:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
         while done < size:
-            count = file.readinto(buffer)
+            count = file.readinto(buffer[:size - done])
             if not count:
                 break
             done += count

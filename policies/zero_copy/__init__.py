@@ -15,6 +15,8 @@ from __future__ import annotations
 import gc
 import time
 import zipfile
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -122,6 +124,7 @@ class ZeroCopy(Policy):
         if not isinstance(self.settings.keep_gb, str):
             room = min(room, int(self.settings.keep_gb * GB))
         self._tools.ledger.book(NAME, Residency.MAPPED, self._bank.sweep(room))
+        self._offloader.book()
 
     def _read(self, request: ReadWeights) -> Decision | None:
         if not request.on_cpu:
@@ -138,8 +141,10 @@ class ZeroCopy(Policy):
         started = time.perf_counter()
         try:
             lease = self._bank.lease(request.path)
-        except (OSError, safetensors.SafetensorError):
-            return proceed()  # the host says what is wrong with the file, in its own words
+        except (OSError, safetensors.SafetensorError) as error:
+            # The host meets the same file and raises its own error, which does not always name it.
+            emit("file.unreadable", file=request.path, reason=f"{error}. If it exists, it is damaged: download or copy it again")
+            return proceed()
         self._read_ahead(lease.file)
         emit("weights.read", file=lease.file.name, bytes=lease.file.identity.size,
              seconds=time.perf_counter() - started, source="file" if lease.fresh else "bank")
@@ -149,9 +154,11 @@ class ZeroCopy(Policy):
         with self._tools.host.reading.torch_files_mapped():
             answer = proceed()
         state_dict = answer[0] if request.with_metadata else answer
-        tensors = [value for value in state_dict.values() if is_plain(value)]
+        # Some files (textual inversions) hold a list.
+        tensors = [value for value in state_dict.values() if is_plain(value)] if isinstance(state_dict, Mapping) else []
         if tensors:
-            self._bank.adopt(request.path, tensors)
+            with suppress(OSError):  # gone already; what was read is good
+                self._bank.adopt(request.path, tensors)
         return answer
 
     def _read_ahead(self, file: MappedFile) -> None:

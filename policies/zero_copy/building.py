@@ -134,21 +134,24 @@ class _Plan:
     def amended(self) -> FillModule:
         """The request with tensors that can be assigned. Runs the copies that the host would have run."""
         request = self._request
-        slots = {f"{prefix}.{name}" if prefix else name: (leaf, name, parameter)
-                 for prefix, leaf in request.module.named_modules() for name, parameter in leaf._parameters.items()
-                 if parameter is not None}
-        buffers = dict(request.module.named_buffers())
+        # A module may have two names, and torch fills it under both, in this order.
+        modules = request.module.named_modules(remove_duplicate=False)
+        leaves = [(f"{prefix}." if prefix else "", leaf) for prefix, leaf in modules]
+        slots = {prefix + name: (leaf, name, parameter) for prefix, leaf in leaves
+                 for name, parameter in leaf._parameters.items() if parameter is not None}
+        buffers = {prefix + name: buffer for prefix, leaf in leaves for name, buffer in leaf._buffers.items()
+                   if buffer is not None and name not in leaf._non_persistent_buffers_set}
         tied = Counter(id(parameter) for _, _, parameter in slots.values())
-        filled: OrderedDict[str, Any] = OrderedDict()
-        for key, value in request.state_dict.items():
-            if not isinstance(value, torch.Tensor):
-                filled[key] = value
-            elif key in slots:
-                leaf, name, parameter = slots[key]
-                assignable = tied[id(parameter)] == 1 and self._assignable(leaf, name, parameter, value)
-                filled[key] = value if assignable else self._copied(parameter, value)
-            else:
-                filled[key] = self._copied(buffers[key], value) if key in buffers else value
+        filled: OrderedDict[str, Any] = OrderedDict(request.state_dict)
+        for key, (leaf, name, parameter) in slots.items():
+            value = filled.get(key)
+            if isinstance(value, torch.Tensor) and not (
+                    tied[id(parameter)] == 1 and self._assignable(leaf, name, parameter, value)):
+                filled[key] = self._copied(parameter, value)
+        for key, buffer in buffers.items():
+            value = filled.get(key)
+            if isinstance(value, torch.Tensor):
+                filled[key] = self._copied(buffer, value)
         if hasattr(request.state_dict, "_metadata"):  # torch keeps the modules' versions there
             filled._metadata = request.state_dict._metadata
         return replace(request, state_dict=filled, assign=True)
@@ -174,6 +177,8 @@ class _Plan:
 
     @staticmethod
     def _copied(target: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        if target.dim() == 0 and value.shape == (1,):
+            value = value[0]  # so does load_state_dict, for files of an old torch
         if target.shape != value.shape or target.is_meta:
             return value.to(target.dtype)  # load_state_dict knows what to say about shapes
         with torch.no_grad():

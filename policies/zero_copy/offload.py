@@ -8,7 +8,8 @@ pins the copy: they stream as fast as without us. Beyond the budget they stream 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from contextvars import ContextVar
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -29,13 +30,39 @@ from ..requests import (
     Weights,
     WriteInPlace,
 )
-from .parameters import Home, Homes, fingerprint, is_plain, parts, put
+from .parameters import Home, Homes, fingerprints, is_plain, parts, put
 
 if TYPE_CHECKING:
     from .. import Tools
 
 OWNER = "zero_copy"
 Placed = tuple[torch.nn.Module, str, torch.nn.Parameter, Home]
+
+
+class _Leaving:
+    """A model on its way off the device: what may go home without a copy, and the score."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.ready: dict[torch.nn.Module, list[Placed]] = {}
+        self.restored = 0
+        self._weights, self._started = weights, time.perf_counter()
+        self._patched = weights.restored_by_host()
+        self._before = self._on_device()
+
+    def _on_device(self) -> int:
+        return sum(_bytes(parameter) for name, parameter in self._weights.module.named_parameters()
+                   if parameter.device.type != "cpu" and name not in self._patched)
+
+    def tell(self) -> None:
+        """`copied_bytes` is what left the device in another way than by going home; what the host restores itself, by its
+        backups, is neither."""
+        copied = self._before - self._on_device() - self.restored
+        if copied or self.restored:
+            emit("weights.restored", model=self._weights.name, bytes=self.restored, copied_bytes=copied,
+                 seconds=time.perf_counter() - self._started)
+
+
+_leaving: ContextVar[_Leaving | None] = ContextVar("residency_leaving", default=None)
 
 
 class Offloader:
@@ -45,10 +72,12 @@ class Offloader:
         self._homes, self._bank, self._ledger, self._host = homes, tools.bank, tools.ledger, tools.host
         self._widen = widen
         self._written: WeakKeyDictionary[torch.nn.Module, set[str]] = WeakKeyDictionary()
-        self._pinned: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
+        self._pinned: WeakKeyDictionary[torch.nn.Module, dict[str, int]] = WeakKeyDictionary()
 
     def files_of(self, module: torch.nn.Module) -> set[MappedFile]:
-        return self._homes.files(module)
+        """The files that its parameters are, or were before they moved."""
+        mapped = (self._bank.file_of(part) for parameter in module.parameters() for part in parts(parameter))
+        return self._homes.files(module) | {file for file in mapped if file is not None}
 
     def move(self, request: MoveWeights) -> Decision | None:
         if request.weights.streamed_by_host:
@@ -61,12 +90,12 @@ class Offloader:
         self._homes.note_all(weights.module)
         answer = proceed()
         patched = weights.restored_by_host()
-        for name, leaf, own_name, parameter, home in list(self._homes.of(weights.module)):
-            if parameter.device.type == "cpu" or home.mark is not None or name in patched:
-                continue
-            home.mark = fingerprint(parameter)
-            if name in strangers and not _same(home.mark, fingerprint(home.tensor)):
-                self._homes.forget(leaf, own_name)
+        # A home is marked once: whatever arrives on the device later either has its bytes or does not go home.
+        unmarked = [(home, home.tensor if name in strangers else parameter)
+                    for name, _, _, parameter, home in self._homes.of(weights.module)
+                    if parameter.device.type != "cpu" and home.mark is None and name not in patched]
+        for (home, _), mark in zip(unmarked, fingerprints([tensor for _, tensor in unmarked]), strict=True):
+            home.mark = mark
         return answer
 
     def _strangers(self, module: torch.nn.Module) -> set[str]:
@@ -83,16 +112,13 @@ class Offloader:
         return Decision("", partial(self._offload, request.weights))
 
     def _offload(self, weights: Weights, proceed: Proceed) -> Any:
-        started = time.perf_counter()
-        patched = weights.restored_by_host()
-        restored = self._swap([placed for full_name, *placed in self._homes.of(weights.module) if full_name not in patched])
-        copied = sum(_bytes(parameter) for name, parameter in weights.module.named_parameters()
-                     if parameter.device.type != "cpu" and name not in patched)
+        leaving = _Leaving(weights)
+        for leaf, name, _, home in self._unchanged(weights):
+            put(leaf, name, home.tensor)
+            leaving.restored += _bytes(home.tensor)
         answer = proceed()
         self._adopt_unchanged(weights.module)
-        if copied or restored:
-            emit("weights.restored", model=weights.name, bytes=restored, copied_bytes=copied,
-                 seconds=time.perf_counter() - started)
+        leaving.tell()
         return answer
 
     def offload_part(self, request: OffloadPart) -> Decision | None:
@@ -101,52 +127,53 @@ class Offloader:
         return Decision("", partial(self._offload_part, request.weights))
 
     def _offload_part(self, weights: Weights, proceed: Proceed) -> Any:
-        started = time.perf_counter()
-        before = self._on_device(weights.module)
-        answer = proceed()
-        emit("weights.restored", model=weights.name, bytes=before - self._on_device(weights.module), copied_bytes=0,
-             seconds=time.perf_counter() - started)
+        # Compared all at once, though the host may take only some: one wait for the device instead of one for each module.
+        leaving = _Leaving(weights)
+        for placed in self._unchanged(weights):
+            leaving.ready.setdefault(placed[0], []).append(placed)
+        token = _leaving.set(leaving)
+        try:
+            answer = proceed()
+        finally:
+            _leaving.reset(token)
+        leaving.tell()
         return answer
 
     def move_module(self, request: MoveModule) -> Decision | None:
-        if request.device is None or request.device.type != "cpu":
+        leaving = _leaving.get()
+        if leaving is None or request.device is None or request.device.type != "cpu":
             return None
-        homes = self._homes.get(request.module)
-        placed = [(request.module, name, parameter, home) for name, home in homes.items()
-                  if (parameter := request.module._parameters.get(name)) is not None and home.fits(parameter)
-                  and parameter.device.type != "cpu"]
-        if not placed:
+        placed = leaving.ready.pop(request.module, None)
+        if placed is None:
             return None
 
         def act(proceed: Proceed) -> Any:
-            self._swap(placed)
+            for leaf, name, parameter, home in placed:
+                if leaf._parameters.get(name) is parameter and parameter.device.type != "cpu":
+                    put(leaf, name, home.tensor)
+                    leaving.restored += _bytes(home.tensor)
             return proceed()
 
         return Decision("", act)
 
-    def _swap(self, placed: Iterable[Placed]) -> int:
-        """Points parameters that are unchanged on the device at their homes, with one small read from the device.
+    def _unchanged(self, weights: Weights) -> list[Placed]:
+        """The parameters on the device that nobody wrote to there, found with one small read from the device.
 
-        Returns the bytes that need no copy. A parameter that was changed has no home any more.
+        One that was changed has no home any more. Those that the host restores itself are not looked at.
         """
-        candidates = [(item, mark) for item in placed if item[2].device.type != "cpu" and item[3].mark is not None
-                      and (mark := fingerprint(item[2])) is not None]
-        if not candidates:
-            return 0
-        restored = 0
-        now = torch.stack([mark for _, mark in candidates])
-        then = torch.stack([item[3].mark.to(now.device) for item, _ in candidates if item[3].mark is not None])
-        for (leaf, name, _, home), same in zip((item for item, _ in candidates), (now == then).tolist(), strict=True):
-            home.mark = None
-            if same:
-                put(leaf, name, home.tensor)
-                restored += _bytes(home.tensor)
+        patched = weights.restored_by_host()
+        candidates = [(leaf, own_name, parameter, home)
+                      for name, leaf, own_name, parameter, home in self._homes.of(weights.module)
+                      if parameter.device.type != "cpu" and name not in patched and home.mark is not None]
+        unchanged: list[Placed] = []
+        for placed, mark in zip(candidates, fingerprints([parameter for _, _, parameter, _ in candidates]), strict=True):
+            leaf, name, _, home = placed
+            self._pinned.get(leaf, {}).pop(name, None)
+            if mark == home.mark:
+                unchanged.append(placed)
             else:
                 self._homes.forget(leaf, name)
-        return restored
-
-    def _on_device(self, module: torch.nn.Module) -> int:
-        return sum(_bytes(home.tensor) for *_, parameter, home in self._homes.of(module) if parameter.device.type != "cpu")
+        return unchanged
 
     def write(self, request: WriteInPlace) -> Decision | None:
         parameter = request.module._parameters.get(request.name)
@@ -166,8 +193,10 @@ class Offloader:
         for leaf in module.modules():
             for name in self._written.pop(leaf, ()):
                 parameter, home = leaf._parameters.get(name), self._homes.get(leaf).get(name)
-                if (parameter is not None and home is not None and parameter.device.type == "cpu" and home.fits(parameter)
-                        and torch.equal(parameter, home.tensor)):
+                if parameter is None or home is None or parameter.device.type != "cpu" or not home.fits(parameter):
+                    continue
+                mark, home_mark = fingerprints([parameter, home.tensor])
+                if mark is not None and mark == home_mark:
                     put(leaf, name, home.tensor)
 
     def pin(self, request: PinWeight) -> Decision | None:
@@ -177,27 +206,30 @@ class Offloader:
         if (parameter is None or not is_plain(parameter) or self._bank.file_of(parameter) is None
                 or not self._host.memory.can_pin()):
             return None
-        booked = sum(self._pinned.values())
+        booked = self._pinned_bytes() - self._pinned.get(leaf, {}).get(name, 0)
         if booked + parameter.nbytes > self._ledger.room(OWNER, Residency.PINNED):
             return None
 
         def act(proceed: Proceed) -> Any:
             self._homes.note(leaf, name, parameter)
             put(leaf, name, parameter.detach().clone())
-            self._pinned[leaf] = self._pinned.get(leaf, 0) + parameter.nbytes
-            self._ledger.book(OWNER, Residency.PINNED, booked + parameter.nbytes)
+            self._pinned.setdefault(leaf, {})[name] = parameter.nbytes
+            self.book()
             return proceed()
 
         return Decision("", act)
+
+    def book(self) -> None:
+        """Tells the ledger which copies are left: models die, and weights go home."""
+        self._ledger.book(OWNER, Residency.PINNED, self._pinned_bytes())
+
+    def _pinned_bytes(self) -> int:
+        return sum(sum(names.values()) for names in self._pinned.values())
 
     def pin_memory(self, request: PinMemory) -> Decision | None:
         if not any(self._bank.file_of(part) for part in parts(request.tensor)):
             return None
         return Decision("", lambda proceed: False)
-
-
-def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
-    return one is not None and other is not None and one.item() == other.item()
 
 
 def _bytes(tensor: torch.Tensor) -> int:

@@ -2,13 +2,13 @@
 
 A parameter on the device may be pointed back at its home only if nobody wrote to it there. Tensors made in inference mode
 have no version counter, so the proof is a fingerprint of the bytes, taken right after they arrived and compared before they
-leave: one pass at the device's own memory speed each, and a few bytes across the bus for the whole model.
+leave: one pass at the device's own memory speed each, and eight bytes a parameter across the bus.
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -45,9 +45,21 @@ def fingerprint(tensor: torch.Tensor) -> torch.Tensor | None:
             return None
         flat = part.detach().reshape(-1)
         words = next(kind for kind in (torch.int64, torch.int32, torch.int16, torch.uint8) if flat.nbytes % kind.itemsize == 0)
+        if flat.storage_offset() * flat.element_size() % words.itemsize:
+            flat = flat.clone()  # torch reads no words from a view that begins in the middle of one
         summed = flat.view(words).sum(dtype=torch.int64)
         total = summed if total is None else total * 31 + summed
     return total
+
+
+def fingerprints(tensors: Sequence[torch.Tensor]) -> list[int | None]:
+    """The fingerprints of many tensors, with one wait for each device."""
+    sums = [fingerprint(tensor) for tensor in tensors]
+    found: dict[int, int] = {}
+    for device in {total.device for total in sums if total is not None}:
+        there = [index for index, total in enumerate(sums) if total is not None and total.device == device]
+        found.update(zip(there, torch.stack([cast(torch.Tensor, sums[index]) for index in there]).tolist(), strict=True))
+    return [found.get(index) for index in range(len(sums))]
 
 
 def put(leaf: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
@@ -58,17 +70,17 @@ def put(leaf: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
             and torch._has_compatible_shallow_copy_type(parameter.data, tensor)):
         parameter.data = tensor
     else:
-        with torch.inference_mode():
+        with torch.inference_mode(tensor.is_inference()):  # a wrapper that was made outside cannot be detached inside
             leaf._parameters[name] = torch.nn.Parameter(tensor, requires_grad=False)
 
 
 @dataclass
 class Home:
-    """The mapped tensor that a parameter was, its file, and the fingerprint of the copy on the device."""
+    """The mapped tensor that a parameter was, its file, and the fingerprint of its bytes once they were on a device."""
 
     tensor: torch.Tensor
     file: MappedFile
-    mark: torch.Tensor | None = None
+    mark: int | None = None
 
     def fits(self, parameter: torch.Tensor) -> bool:
         """Whether the tensor could be this parameter's."""

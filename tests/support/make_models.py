@@ -132,6 +132,8 @@ def lora(seed, weights, rank=4):
 MODELS = {
     "diffusion_models/flux_a": lambda: flux(2),
     "diffusion_models/flux_b": lambda: flux(12),
+    "diffusion_models/flux_a_fp32": lambda: flux(2, torch.float32),
+    "diffusion_models/flux_b_fp32": lambda: flux(12, torch.float32),
     "diffusion_models/flux_quantised": lambda: quantised_flux(2),
     "diffusion_models/sd3": lambda: sd3(1),
     "diffusion_models/wan": lambda: wan(3),
@@ -140,6 +142,7 @@ MODELS = {
     "diffusion_models/big_fp32": lambda: big_flux(2, torch.float32),
     "diffusion_models/middle_a": lambda: flux(2, hidden=512, depth=2, single=4),
     "diffusion_models/middle_b": lambda: flux(12, hidden=512, depth=2, single=4),
+    "diffusion_models/middle_fp32": lambda: flux(2, torch.float32, hidden=512, depth=2, single=4),
     "vae/taesd": lambda: taesd(4),
     "vae/wan": lambda: wan_vae(5),
     "text_encoders/clip_l": lambda: clip_l(6),

@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 
 PLUGIN = Path(__file__).parents[2]
+TESTING_NODES = Path(__file__).parent / "packs" / "testing_nodes"
 SIMULATED_NPU = Path(__file__).parent / "simulated_npu"
 MB = 2**20
 

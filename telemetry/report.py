@@ -1,0 +1,163 @@
+"""Adds up what telemetry files tell, into tables.
+
+A field that is missing or of another type counts as nothing: an older or newer plugin may have written the line.
+"""
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+MB = 2**20
+Row = Sequence[str]
+Record = Mapping[str, Any]
+
+# What a user may have to act on.
+_TROUBLE = frozenset({"hook.declined", "hook.shadowed", "hook.retired", "hook.failed", "policy.declined", "policy.ineffective",
+                      "policy.failed", "file.changed", "file.unreadable"})
+
+
+class Table(NamedTuple):
+    """Cells of text, under a head that gives the units."""
+
+    head: Row
+    rows: Sequence[Row]
+
+
+@dataclass
+class _Model:
+    placed: int = 0
+    seconds: float = 0
+    last: Row = ("-", "-", "-")  # MB on the device, mapped, and in private RAM
+    released: int = 0
+    released_bytes: float = 0
+    released_seconds: float = 0
+
+    def add(self, event: Record) -> None:
+        if event["event"] == "model.placed":
+            self.placed += 1
+            self.seconds += _number(event, "seconds")
+            self.last = [_mb(event, key) for key in ("device_bytes", "mapped_bytes", "host_bytes")]
+        else:
+            self.released += 1
+            self.released_bytes += _number(event, "bytes")
+            self.released_seconds += _number(event, "seconds")
+
+    def cells(self) -> Row:
+        return (str(self.placed), f"{self.seconds:.2f}", *self.last, str(self.released), f"{self.released_bytes / MB:.0f}",
+                f"{self.released_seconds:.2f}")
+
+
+@dataclass
+class _File:
+    mapped: int = 0
+    bytes: float = 0
+    copied_bytes: float = 0
+    from_bank: int = 0
+    released: str = "-"  # nothing was let go of since the last read; else whether that unmapped it: yes, no, unknown
+
+    def add(self, event: Record) -> None:
+        if event["event"] == "weights.read":
+            self.from_bank += event.get("source") == "bank"
+            self.released = "-"
+        elif event["event"] == "weights.mapped":
+            self.mapped += 1
+            self.bytes += _number(event, "bytes")
+            self.copied_bytes += _number(event, "copied_bytes")
+        else:
+            unmapped = event.get("unmapped")
+            self.released = "yes" if unmapped is True else "no" if unmapped is False else "unknown"
+
+    def cells(self) -> Row:
+        return (str(self.mapped), f"{self.bytes / MB:.0f}", f"{self.copied_bytes / MB:.0f}", str(self.from_bank), self.released)
+
+
+class Report:
+    """What happened, added up.
+
+    Attributes:
+        events: how many there were.
+        broken: how many lines were no event.
+    """
+
+    def __init__(self, events: Iterable[Record | None]) -> None:
+        self.events = self.broken = 0
+        self._prompts: list[Record] = []
+        self._models: dict[str, _Model] = {}
+        self._files: dict[str, _File] = {}
+        self._restored_bytes = self._copied_bytes = 0.0
+        self._trouble: Counter[Row] = Counter()
+        for event in events:
+            if event is None:
+                self.broken += 1
+            else:
+                self.events += 1
+                self._add(event["event"], event)
+
+    def _add(self, name: str, event: Record) -> None:
+        if name == "prompt.finished":
+            self._prompts.append(event)
+        elif name in ("model.placed", "model.released"):
+            self._models.setdefault(_text(event, "model"), _Model()).add(event)
+        elif name in ("weights.read", "weights.mapped", "weights.released"):
+            self._files.setdefault(_text(event, "file"), _File()).add(event)
+        elif name == "weights.restored":
+            self._restored_bytes += _number(event, "bytes")
+            self._copied_bytes += _number(event, "copied_bytes")
+        elif name in _TROUBLE:
+            about = _text(event, "hook", "policy", "file")
+            why = _text(event, "reason", "error", "by") if name != "hook.retired" else "another plugin wrapped on top of it"
+            self._trouble[name, about, why] += 1
+
+    def tables(self) -> list[Table]:
+        """Prompts, models, files, what a user may have to act on, and totals."""
+        return [
+            self._prompt_table(),
+            Table(("model", "placed", "seconds", "device MB", "mapped MB", "host MB", "released", "released MB", "seconds"),
+                  [(name, *model.cells()) for name, model in self._models.items()]),
+            Table(("file", "mapped", "mapped MB", "copied MB", "from bank", "released"),
+                  [(name, *file.cells()) for name, file in self._files.items()]),
+            Table(("event", "about", "times", "why"),
+                  [(name, about, str(times), why) for (name, about, why), times in self._trouble.items()]),
+            self._totals(),
+        ]
+
+    def _prompt_table(self) -> Table:
+        held = [event["device_bytes"] if isinstance(event.get("device_bytes"), dict) else {} for event in self._prompts]
+        devices = sorted({device for one in held for device in one})
+        rows = [(str(number), _text(event, "prompt")[:8], "yes" if event.get("ok") is True else "no",
+                 *(f"{_number(event, key):.2f}" for key in ("seconds", "placing_seconds")),
+                 *(_mb(event, key) for key in ("read_bytes", "private_bytes", "file_bytes")),
+                 *(_mb(one, device) for device in devices))
+                for number, (event, one) in enumerate(zip(self._prompts, held, strict=True), 1)]
+        return Table(("prompt", "id", "ok", "seconds", "placing", "read MB", "private MB", "file MB",
+                      *(f"{device} MB" for device in devices)), rows)
+
+    def _totals(self) -> Table:
+        prompts = self._prompts
+        seconds, placing, size = (sum(_number(event, key) for event in prompts)
+                                  for key in ("seconds", "placing_seconds", "read_bytes"))
+        return Table(("total", ""), [
+            ("prompts", str(len(prompts))),
+            ("prompts that failed", str(sum(event.get("ok") is not True for event in prompts))),
+            ("seconds", f"{seconds:.2f}"),
+            ("seconds placing models", f"{placing:.2f}"),
+            ("MB read from storage", f"{size / MB:.0f}"),
+            ("MB restored without a copy", f"{self._restored_bytes / MB:.0f}"),
+            ("MB restored with a copy", f"{self._copied_bytes / MB:.0f}"),
+        ])
+
+
+def _number(event: Record, key: str) -> float:
+    value = event.get(key)
+    return value if isinstance(value, (int, float)) and abs(value) < 1e18 else 0  # Python's JSON has Infinity and NaN
+
+
+def _mb(event: Record, key: str) -> str:
+    return f"{_number(event, key) / MB:.0f}" if key in event else "-"
+
+
+def _text(event: Record, *keys: str) -> str:
+    """The first of the fields that there is, in one line."""
+    return next((" ".join(str(event[key]).split()) for key in keys if event.get(key) is not None), "unknown")

@@ -1,0 +1,141 @@
+"""Benchmarks: `make bench`, or `make bench BENCH="swap load"` for some. Every figure stands beside ComfyUI alone in the same run.
+
+The two servers run side by side and take prompts in turn, so that a machine that slows down slows both.
+Figures of the simulated accelerator are marked *simulated*: its transfers are counted exactly, its seconds are a CPU's.
+"""
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+from conftest import COMFYUI, TREES  # noqa: E402
+from support import workflows  # noqa: E402
+from support.fixtures import build_simulated_npu, make_models, no_simulated_npu  # noqa: E402
+from support.server import MB, Server  # noqa: E402
+from table import ratio, show  # noqa: E402
+
+MODELS = TREES.parent / "residency-models"
+NAMES = ("alone", "plugin")
+
+
+def pair(stack: ExitStack, device_mb: int | None, settings: str = "") -> dict[str, Server]:
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    return {name: stack.enter_context(Server(COMFYUI, folder / name, MODELS, plugin=name == "plugin", settings=settings,
+                                             device_mb=device_mb)) for name in NAMES}
+
+
+def swap() -> None:
+    """Two 846 MB models in one prompt, on a device that holds one."""
+    make_models(COMFYUI, MODELS, ("diffusion_models/big_a", "diffusion_models/big_b", "text_encoders/clip_l"))
+    rows, seconds = [], {name: [] for name in NAMES}
+    with ExitStack() as stack:
+        servers = pair(stack, 2200)
+        start = {name: server.private_bytes() for name, server in servers.items()}
+        for prompt in range(1, 5):
+            for name, server in servers.items():
+                before = server.device()
+                took = server.run(workflows.both("big_a", "big_b", seed=prompt))
+                now = server.device()
+                if prompt > 1:
+                    seconds[name].append(took)
+                rows.append((f"{prompt} {name}", took, *((now[key] - before[key]) / 1e6 for key in ("to_device", "to_host")),
+                             (server.private_bytes() - start[name]) / 1e6))
+        same = all(torch.equal(servers["alone"].latents(p), servers["plugin"].latents(p)) for p in ("out_a", "out_b"))
+        other = not torch.equal(servers["plugin"].latents("out_a"), servers["plugin"].latents("out_b"))
+    show("Swap, simulated: two 846 MB bf16 models and CLIP-L on a 2200 MB device, two steps each",
+         ("prompt", "seconds", "to device MB", "to host MB", "private RAM MB"), rows)
+    show("Swap, simulated: plugin against alone, prompts 2 to 4", ("", "ratio"),
+         [("seconds, geometric mean", ratio(seconds["plugin"], seconds["alone"])[0]),
+          ("same latents", "yes" if same else "NO"), ("control: models differ", "yes" if other else "NO")])
+
+
+def partial() -> None:
+    """A model larger than what the device can take: part of it streams at every step."""
+    make_models(COMFYUI, MODELS, ("diffusion_models/big_a", "text_encoders/clip_l"))
+    steps: dict[str, list[float]] = {name: [] for name in NAMES}
+    with ExitStack() as stack:
+        servers = pair(stack, 1750)
+        for prompt in range(9):
+            for name in NAMES if prompt % 2 else reversed(NAMES):
+                took = servers[name].run(workflows.text_to_latent("big_a", steps=4, seed=prompt, size=256))
+                if prompt:
+                    steps[name].append(took / 4)
+        same = torch.equal(servers["alone"].latents(), servers["plugin"].latents())
+        where = servers["plugin"].events("model.placed")[-1]
+    mean, upper = ratio(steps["plugin"], steps["alone"])
+    show("Partly loaded, simulated: one 846 MB bf16 model on a 1750 MB device, four steps, 8 pairs of warm prompts",
+         ("", "alone", "plugin", "ratio", "upper 95 %"),
+         [("seconds per step, median", statistics.median(steps["alone"]), statistics.median(steps["plugin"]), mean, upper),
+          ("on the device, MB", "", where["device_bytes"] / 1e6, "", ""),
+          ("mapped, MB", "", where["mapped_bytes"] / 1e6, "", ""), ("same latents", "", "yes" if same else "NO", "", "")])
+
+
+def load() -> None:
+    """The stock diffusion model loader on the CPU, each time in a fresh process, with the file in the page cache."""
+    make_models(COMFYUI, MODELS, ("diffusion_models/big_fp32", "diffusion_models/big_a"))
+    rows = []
+    for title, file, settings in (("1692 MB float32", "big_fp32", ""),
+                                  ("846 MB bf16, keep_file_dtype", "big_a", "[zero_copy]\nkeep_file_dtype = true\n")):
+        (MODELS / "diffusion_models" / f"{file}.safetensors").read_bytes()
+        runs: dict[str, list[dict[str, float]]] = {name: [] for name in NAMES}
+        for _ in range(5):
+            for name in NAMES:
+                command = [sys.executable, str(Path(__file__).with_name("load_probe.py")), str(COMFYUI), str(MODELS),
+                           f"{file}.safetensors", *([settings] if name == "plugin" else [])]
+                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                runs[name].append(json.loads(done.stdout.splitlines()[-1]))
+        for key in ("private_mb", "seconds"):
+            alone, plugin = (statistics.median(run[key] for run in runs[name]) for name in NAMES)
+            rows.append((f"{title}: {key.replace('_mb', ' RAM, MB')}", alone, plugin, plugin / alone))
+    show("Load through the stock loader on the CPU, medians of 5", ("", "alone", "plugin", "ratio"), rows)
+
+
+def overhead() -> None:
+    """What the hooks cost when no policy is on: warm prompts in turn."""
+    make_models(COMFYUI, MODELS, ("diffusion_models/middle_fp32", "text_encoders/clip_l"))
+    seconds: dict[str, list[float]] = {name: [] for name in NAMES}
+    with ExitStack() as stack:
+        servers = pair(stack, None, "policies = []\n")
+        for prompt in range(22):
+            for name in NAMES if prompt % 2 else reversed(NAMES):
+                took = servers[name].run(workflows.text_to_latent("middle_fp32", steps=20, seed=prompt))
+                if prompt > 1:
+                    seconds[name].append(took)
+    mean, upper = ratio(seconds["plugin"], seconds["alone"])
+    show("Hooks without a policy: 20 interleaved pairs of warm prompts of 20 steps on the CPU",
+         ("", "alone", "plugin", "ratio", "upper 95 %"),
+         [("seconds, median", statistics.median(seconds["alone"]), statistics.median(seconds["plugin"]), mean, upper)])
+
+
+def hook() -> None:
+    """One intercepted call, on a function that does nothing."""
+    from hook_cost import microseconds
+
+    show("One intercepted call, microseconds above the bare call", ("", "microseconds"), microseconds())
+
+
+BENCHES: dict[str, Callable[[], None]] = {"hook": hook, "load": load, "overhead": overhead, "swap": swap, "partial": partial}
+
+if __name__ == "__main__":
+    chosen = sys.argv[1:] or list(BENCHES)
+    unknown = [name for name in chosen if name not in BENCHES]
+    if unknown:
+        sys.exit(f"no benchmark {', '.join(unknown)}; there are {', '.join(BENCHES)}")
+    if {"swap", "partial"} & set(chosen):
+        reason = no_simulated_npu()
+        if reason:
+            print(f"skipped, {reason}: swap, partial")
+            chosen = [name for name in chosen if name not in ("swap", "partial")]
+        else:
+            build_simulated_npu()
+    for name in chosen:
+        BENCHES[name]()

@@ -1,0 +1,122 @@
+"""The host's own answer: bound by name, run once, its errors untouched."""
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+from residency.hooks.call import HostCall
+
+
+class Read:
+    """A host's function that remembers how it was called."""
+
+    def __init__(self, outcome: Any = "weights") -> None:
+        self.outcome = outcome
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls.append((args, kwargs))
+        if isinstance(self.outcome, BaseException):
+            raise self.outcome
+        return self.outcome
+
+    def called_with(self, *args: Any, **kwargs: Any) -> HostCall:
+        return HostCall(self, None, args, kwargs, inspect.signature(signature))
+
+
+def signature(path: str, device: str | None = None, *rest: int, keep: bool = False, **options: int) -> None: ...
+
+
+@pytest.mark.parametrize("call", [
+    pytest.param(Read().called_with("a", "cpu", keep=True), id="by position"),
+    pytest.param(Read().called_with(keep=True, device="cpu", path="a"), id="by name"),
+])
+def test_binds_arguments_by_name(call: HostCall) -> None:
+    """How the host's caller passed an argument does not matter."""
+    assert ("a", "cpu", True) == (call["path"], call["device"], call["keep"])
+
+
+def test_knows_defaults() -> None:
+    """An argument that the caller left out is the host's default."""
+    call = Read().called_with("a")
+
+    assert (None, False, (), {}) == (call["device"], call["keep"], call["rest"], call["options"])
+
+
+def test_unknown_parameter_is_a_key_error() -> None:
+    """A name that the host's function lacks is a bug of the hook, which then disarms itself."""
+    with pytest.raises(KeyError):
+        Read().called_with("a")["budget"]
+
+
+def test_without_changes_the_host_gets_exactly_what_it_was_given() -> None:
+    """No default is spelled out, nothing by position becomes a name: a neighbour below may look at that."""
+    read, path = Read(), object()
+    call = read.called_with(path, keep=True)
+
+    assert call["device"] is None
+    assert "weights" == call()
+    assert [((path,), {"keep": True})] == read.calls
+    assert path is read.calls[0][0][0]
+
+
+def test_without_changes_nothing_is_bound() -> None:
+    """A wrong call of a neighbour fails in the host, with the host's words."""
+    read = Read(TypeError("read() missing 1 required argument"))
+
+    with pytest.raises(TypeError) as caught:
+        read.called_with()()
+
+    assert read.outcome is caught.value
+
+
+def test_changes_arguments_by_name() -> None:
+    """A change replaces the argument wherever the caller had put it, and leaves the others."""
+    read = Read()
+
+    read.called_with("a", "cpu", 7, keep=True, dtype=2)(path="b", keep=False)
+
+    assert [(("b", "cpu", 7), {"keep": False, "dtype": 2})] == read.calls
+
+
+def test_changes_an_argument_that_was_left_out() -> None:
+    """A default can be changed."""
+    read = Read()
+
+    read.called_with("a")(device="cuda")
+
+    assert [(("a", "cuda"), {"keep": False})] == read.calls
+
+
+def test_runs_once() -> None:
+    """The second call raises, and the host does not see it."""
+    read = Read()
+    call = read.called_with("a")
+    assert not call.spent
+
+    call()
+
+    assert call.spent
+    with pytest.raises(RuntimeError, match="once"):
+        call()
+    assert 1 == len(read.calls)
+
+
+@pytest.mark.parametrize("error", [OSError("no such file"), KeyboardInterrupt()], ids=["error", "cancel"])
+def test_the_hosts_error_goes_up_as_it_is(error: BaseException) -> None:
+    """The same object, and the call is spent: the host is never run twice."""
+    call = Read(error).called_with("a")
+
+    with pytest.raises(type(error)) as caught:
+        call()
+
+    assert error is caught.value
+    assert call.spent
+
+
+def test_keeps_the_instance_of_a_method() -> None:
+    """A translator reads the host's object there."""
+    instance = object()
+
+    assert instance is HostCall(Read(), instance, (), {}, inspect.signature(signature)).instance

@@ -1,0 +1,87 @@
+"""Files and a host for the policies: real files of a few KB, and a host that does as ComfyUI does."""
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from residency.policies import Tools
+from residency.policies.files.bank import Bank
+from residency.policies.host import Host
+from residency.policies.memory import Ledger, Limits
+from safetensors.torch import save_file
+
+Save = Callable[..., str]
+
+
+class FakeReading:
+    """How the host reads; `mapped` counts the times it was told to map torch's files."""
+
+    def __init__(self) -> None:
+        self.maps, self.no_mmap, self.mapped = False, False, 0
+
+    def maps_files_itself(self) -> bool:
+        return self.maps
+
+    def mmap_disabled(self) -> bool:
+        return self.no_mmap
+
+    @contextlib.contextmanager
+    def torch_files_mapped(self) -> Iterator[None]:
+        self.mapped += 1
+        yield
+
+
+class FakeMemory:
+    """Whether the host pins."""
+
+    def __init__(self) -> None:
+        self.pins = True
+
+    def can_pin(self) -> bool:
+        return self.pins
+
+
+class FakeLifecycle:
+    """The user's Cancel, if `cancel` is set."""
+
+    def __init__(self) -> None:
+        self.cancel: BaseException | None = None
+
+    def raise_if_cancelled(self) -> None:
+        if self.cancel is not None:
+            raise self.cancel
+
+    def is_cancel(self, error: BaseException) -> bool:
+        return error is self.cancel
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_collections() -> Iterator[None]:
+    """Collecting is what ends a model's life in these tests; what was imported before need not be looked at each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+def tools() -> Iterator[Tools]:
+    """A bank and a ledger of the test's own."""
+    made = Tools(Bank(), Ledger(Limits(ram=2**30, pinned=2**30, pad=0)), Host(FakeReading(), FakeMemory(), FakeLifecycle()))
+    yield made
+    made.bank.empty()
+    gc.collect()
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Save:
+    """Writes tensors to a safetensors file and returns its path; without tensors, one `weight` of 4 KB."""
+    def write(name: str = "model.safetensors", metadata: dict[str, str] | None = None, **tensors: torch.Tensor) -> str:
+        path = str(tmp_path / name)
+        save_file(tensors or {"weight": torch.arange(1024, dtype=torch.float32)}, path, metadata=metadata)
+        return path
+    return write

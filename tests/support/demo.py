@@ -1,0 +1,91 @@
+"""`make demo`: the same stock workflow on a real ComfyUI, without the plugin and then with it.
+
+On a machine without an accelerator it runs on the CPU, and, where there is a C++ compiler, on a simulated accelerator too:
+a device with a hard memory limit that unmodified ComfyUI takes for an NPU. With an NVIDIA card it runs there, with dynamic
+VRAM off, because with dynamic VRAM the plugin has nothing to do.
+"""
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch  # noqa: E402
+from support.fixtures import build_simulated_npu, make_models, no_simulated_npu  # noqa: E402
+from support.loading import COMFYUI, ROOT, TREES  # noqa: E402
+from support.server import MB, Server  # noqa: E402
+from support.workflows import Workflow, both, text_to_latent  # noqa: E402
+
+MODELS = TREES.parent / "residency-models"
+
+
+@dataclass
+class Run:
+    seconds: float
+    private: int
+    storage: int
+    to_host: int | None
+    latents: torch.Tensor
+    image: bytes
+
+
+def run(name: str, folder: Path, prompts: list[Workflow], device_mb: int | None, device_args: list[str] | None) -> Run:
+    """Starts ComfyUI, runs the prompts, and stops it."""
+    with Server(COMFYUI, folder / name, MODELS, plugin=name != "alone", device_mb=device_mb, device_args=device_args) as server:
+        private, storage = server.private_bytes(), server.storage_bytes()
+        seconds = [server.run(prompt) for prompt in prompts]
+        images = sorted((server.base / "output").glob("*.png"))
+        return Run(sum(seconds), server.private_bytes() - private, server.storage_bytes() - storage,
+                   server.device()["to_host"] if server.simulated else None,
+                   server.latents("out_b" if "save2" in prompts[-1] else "out"), images[-1].read_bytes() if images else b"")
+
+
+def compare(title: str, device: str, prompts: list[Workflow], device_mb: int | None = None,
+            device_args: list[str] | None = None) -> None:
+    """Prints the table and the plugin's own report of its run."""
+    print(f"\n=== {title}\n    device: {device}; ComfyUI: {COMFYUI}\n", flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        runs = {name: run(name, folder, prompts, device_mb, device_args) for name in ("alone", "Residency")}
+        alone, plugin = runs["alone"], runs["Residency"]
+        same = torch.equal(alone.latents, plugin.latents) and alone.image[-4096:] == plugin.image[-4096:]
+        rows = [("seconds, all prompts", f"{alone.seconds:.1f}", f"{plugin.seconds:.1f}"),
+                ("private RAM, MB more", f"{alone.private / MB:.0f}", f"{plugin.private / MB:.0f}"),
+                ("read from storage, MB", f"{alone.storage / MB:.0f}", f"{plugin.storage / MB:.0f}")]
+        if alone.to_host is not None and plugin.to_host is not None:
+            rows.append(("device to RAM, MB (simulated)", f"{alone.to_host / MB:.0f}", f"{plugin.to_host / MB:.0f}"))
+        print(f"{'':32}{'ComfyUI alone':>16}{'with Residency':>16}")
+        for label, one, other in rows:
+            print(f"{label:32}{one:>16}{other:>16}")
+        print(f"{'same latents and image':32}{'':>16}{'yes' if same else 'NO':>16}\n", flush=True)
+        report = folder / "Residency" / "user" / "residency" / "telemetry.jsonl"
+        subprocess.run([sys.executable, "-m", "telemetry", "report", str(report)], cwd=ROOT, check=True)
+        if not same:
+            sys.exit("the results differ: please report this with the lines above")
+
+
+def main() -> None:
+    make_models(COMFYUI, MODELS, ("diffusion_models/big_fp32", "diffusion_models/big_a", "diffusion_models/big_b",
+                                  "text_encoders/clip_l", "vae/taesd"))
+    decoded = [text_to_latent("big_fp32", vae="taesd", seed=seed) for seed in (1, 2)]
+    swap = [both("big_a", "big_b", seed=seed) for seed in (1, 2, 3)]
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        compare("Two models in one workflow, three prompts", f"{name}, dynamic VRAM off", swap, device_args=["--disable-dynamic-vram"])
+        return
+    compare("A 1.7 GB float32 model, two prompts", "CPU", decoded)
+    reason = no_simulated_npu()
+    if reason:
+        print(f"skipped, {reason}: two models that swap on a device that holds one")
+        return
+    build_simulated_npu()
+    compare("Two 850 MB models in one workflow, three prompts, on a device that holds one",
+            "simulated accelerator, 2200 MB (transfers are counted; seconds are this CPU's)", swap, device_mb=2200)
+
+
+if __name__ == "__main__":
+    main()

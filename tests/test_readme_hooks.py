@@ -1,0 +1,22 @@
+"""The README says what the plugin touches, and the code is what it says it from."""
+from __future__ import annotations
+
+from support import hooks_table
+
+
+def test_the_readme_lists_the_hooks_that_there_are() -> None:
+    """After a change of a hook or of what a policy answers: `make hooks-table`."""
+    assert hooks_table.render() == hooks_table.block(hooks_table.README.read_text(encoding="utf-8"))
+
+
+def test_rewriting_touches_only_the_table() -> None:
+    """Before and after the comments everything stays, and a second time changes nothing."""
+    written = hooks_table.rewrite("# Residency\n<!-- hooks -->\nold\n<!-- /hooks -->\nmore\n")
+
+    assert f"# Residency\n<!-- hooks -->\n{hooks_table.render()}<!-- /hooks -->\nmore\n" == written
+    assert written == hooks_table.rewrite(written)
+
+
+def test_an_empty_block_can_be_filled() -> None:
+    """The two comments are enough to start with."""
+    assert hooks_table.render() in hooks_table.rewrite("<!-- hooks -->\n<!-- /hooks -->")
