@@ -23,11 +23,16 @@ class Plugin:
         self.tools = policies.Tools.make(self.host)
         self.chain = PolicyChain(is_cancel=self.host.lifecycle.is_cancel)
         self.registry = hooks.HookRegistry(hooks.all_hooks(self.tools.bank, self), self.chain.answer)
-        if self.settings.now.enabled:
+        if not self.settings.now.enabled:
+            return
+        try:
             self.apply()
             hooks.exercise(self.registry)
             self.registry.tell()
             hooks.host.tell_started(__version__, self.chain.names(), self.settings.now.origin, self.folder)
+        except BaseException:
+            self.stop()
+            raise
 
     def apply(self) -> None:
         """Puts the settings in force; a policy whose settings are the same goes on."""

@@ -169,13 +169,14 @@ class HookRegistry:
             call = HostCall(wrapped, instance, args, kwargs, site.signature)
             try:
                 request = hook.translate(call)
-            except Exception as error:  # our reading of the seam is wrong: the host must not pay for it
+            except Exception as error:
+                answer = call()  # a caller's own mistake is the host's to refuse; where it does not, our reading is wrong
                 self._disarm(entry, error)
-                return call()
+                return answer
             if request is None:
                 return call()
             started = time.perf_counter()
-            answer = self._answer(request, _host(hook, call, request))
+            answer = self._answer(request, lambda asked: call(**self._changes(entry, request, asked)))
             if hook.report is not None:
                 try:
                     hook.report(call, request, answer, time.perf_counter() - started)
@@ -185,19 +186,20 @@ class HookRegistry:
 
         return wrapper
 
+    def _changes(self, entry: Entry, request: Request, asked: Request) -> dict[str, Any]:
+        """The arguments that a policy changed, by the host's names."""
+        if asked is request or entry.hook.amend is None:
+            return {}
+        try:
+            return entry.hook.amend(asked)
+        except Exception as error:  # the host answers what it was asked
+            self._disarm(entry, error)
+            return {}
+
     def _disarm(self, entry: Entry, error: Exception) -> None:
         entry.armed, entry.state, entry.reason = False, "declined", f"{type(error).__name__}: {error}"
         log.debug("hook %s failed", entry.hook.name, exc_info=error)
         emit("hook.failed", hook=entry.hook.name, error=entry.reason)
-
-
-def _host(hook: Hook, call: HostCall, original: Request) -> Callable[[Request], Any]:
-    def answer(request: Request) -> Any:
-        if request is original or hook.amend is None:
-            return call()
-        return call(**hook.amend(request))
-
-    return answer
 
 
 def _replace_copies(seam: Seam, old: Any, new: Any) -> None:

@@ -38,12 +38,14 @@ class Server:
         settings: the user's settings.toml for the plugin.
         device_mb: memory of the simulated accelerator; None runs on the CPU.
         packs: folders of other packs, to be put into `custom_nodes`.
+        plugin_first: whether the plugin is loaded before them.
     """
 
     def __init__(self, comfyui: Path, base: Path, models: Path, *, plugin: bool = True, settings: str = "",
                  device_mb: int | None = None, args: Sequence[str] = (), env: Mapping[str, str] | None = None,
-                 packs: Sequence[Path] = (), device_args: Sequence[str] | None = None) -> None:
-        self.base, self.plugin = base, plugin
+                 packs: Sequence[Path] = (), device_args: Sequence[str] | None = None,
+                 plugin_first: bool = True) -> None:
+        self.base, self.plugin, self.plugin_first = base, plugin, plugin_first
         self._prepare(models, settings, packs)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -59,7 +61,7 @@ class Server:
         self.log_file = base / "server.log"
         command = [sys.executable, str(comfyui / "main.py"), "--port", str(self.port), "--base-directory", str(base),
                    "--front-end-root", str(base / "web"), "--database-url", "sqlite:///:memory:", "--disable-api-nodes",
-                   *device_args, *args]
+                   "--extra-model-paths-config", str(base / "more.yaml"), *device_args, *args]
         with self.log_file.open("w") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=variables, cwd=base)
         try:
@@ -77,13 +79,17 @@ class Server:
     def _prepare(self, models: Path, settings: str, packs: Sequence[Path]) -> None:
         (self.base / "web").mkdir(parents=True, exist_ok=True)
         (self.base / "web" / "index.html").write_text("<html></html>")
-        nodes = self.base / "custom_nodes"
-        nodes.mkdir(exist_ok=True)
-        for old in nodes.iterdir():
-            if old.is_symlink():
-                old.unlink()
-        for index, pack in enumerate([*([PLUGIN] if self.plugin else []), *packs]):
-            (nodes / f"{index}_{pack.name}").symlink_to(pack)
+        # ComfyUI loads a folder in the order in which the file system lists it, so who comes first needs two folders.
+        ours = [PLUGIN] if self.plugin else []
+        groups = (ours, packs) if self.plugin_first else (packs, ours)
+        for folder, group in zip((self.base / "custom_nodes", self.base / "more_nodes"), groups, strict=True):
+            folder.mkdir(exist_ok=True)
+            for old in folder.iterdir():
+                if old.is_symlink():
+                    old.unlink()
+            for pack in group:
+                (folder / f"linked_{pack.name}").symlink_to(pack)
+        (self.base / "more.yaml").write_text(f"more:\n    custom_nodes: {self.base / 'more_nodes'}\n")
         if not (self.base / "models").exists():
             (self.base / "models").symlink_to(models)
         user = self.base / "user" / "residency"

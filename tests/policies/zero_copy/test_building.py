@@ -403,12 +403,13 @@ def test_with_keep_file_dtype_castable_weights_stay_narrow_and_mapped(dtype: tor
     (torch.float8_e4m3fn, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16),
     (torch.bfloat16, torch.float16), (torch.int8, torch.float32), (torch.float64, torch.float32)])
 def test_with_keep_file_dtype_only_what_widens_exactly_stays(narrow: torch.dtype, wide: torch.dtype, narrow_house: Any,
-                                                             save: Save) -> None:
+                                                             save: Save, ring: Ring) -> None:
     """Eight-bit floats have scales, and a cast that rounds is not the cast on load."""
     path = save(weight=(torch.randn(4, 4) * 5).to(narrow), bias=torch.randn(4).to(narrow))
     net = narrow_house.load(nn.Linear(4, 4).to(wide), path)
     assert net.weight.dtype == wide
     assert narrow_house.cast_at_use == []
+    assert ring.named("policy.failed") == []
     assert_same(plain(nn.Linear(4, 4).to(wide), path), net)
 
 

@@ -139,7 +139,7 @@ def test_the_fingerprint_of_a_wrapper_sees_all_its_parts() -> None:
     other = bulk.clone()
     other[5] += 1
     assert value(Scaled(other, scale)) != before
-    assert value(Scaled(raw(32, torch.int8), torch.ones(1))) != before
+    assert value(Scaled(bulk, other)) != value(Scaled(other, bulk))
 
 
 def test_what_is_plain_and_what_is_not() -> None:

@@ -292,6 +292,15 @@ class TestOverwrittenFiles:
         assert path in event.fields["reason"]
         assert house.mapped(net.weight)
 
+    def test_the_old_models_are_gone_before_the_prompt_runs(self, house: Any, path: str) -> None:
+        """They die in cycles, and two of them may not fit."""
+        net = house.load(nn.Linear(8, 8), path)
+        net.itself = net
+        models = [net]
+        del net
+        overwrite(path)
+        assert house.ask(RunPrompt("1", models.clear), lambda request: house.bank.live()) == []
+
     def test_a_file_that_nobody_uses_any_more_is_no_reason_to_rebuild(self, house: Any, path: str) -> None:
         """It is read again when it is asked for."""
         house.load(nn.Linear(8, 8), path)
