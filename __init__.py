@@ -19,7 +19,8 @@ class Plugin:
 
         self.host = hooks.host.connect()
         self.folder = hooks.host.user_folder()
-        self.settings = settings.Watch((Path(__file__).parent / "settings.toml", self.folder / "settings.toml"), policies.tables())
+        files = Path(__file__).parent / "settings.toml", self.folder / "settings.toml"
+        self.settings = settings.Watch(files, policies.tables())
         self.tools = policies.Tools.make(self.host)
         self.chain = PolicyChain(is_cancel=self.host.lifecycle.is_cancel)
         self.registry = hooks.HookRegistry(hooks.all_hooks(self.tools.bank, self), self.chain.answer)

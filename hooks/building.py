@@ -34,7 +34,7 @@ def _castable(module: torch.nn.Module) -> bool:
 
 
 def _cast_at_use(module: torch.nn.Module) -> None:
-    module.comfy_cast_weights = True
+    setattr(module, "comfy_cast_weights", True)  # noqa: B010  torch types every attribute of a module as a tensor or a module
 
 
 def _fill(call: HostCall) -> FillModule:

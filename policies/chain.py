@@ -107,7 +107,7 @@ class _Next:
         self.acting = _acting.get()
         self.ran = False
         self.error: BaseException | None = None
-        self._ask = lambda changed: chain._ask(first, changed, host)
+        self._chain, self._first, self._host = chain, first, host
 
     def __call__(self, request: Request | None = None) -> Any:
         if self.ran:
@@ -115,7 +115,7 @@ class _Next:
         self.ran = True
         token = _acting.set(self.acting)
         try:
-            return self._ask(request or self.request)
+            return self._chain._ask(self._first, request or self.request, self._host)
         except BaseException as error:
             self.error = error
             raise

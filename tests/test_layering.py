@@ -38,6 +38,7 @@ HOST_ATTRIBUTES = {"model_patcher", "patcher", "backup", "hook_backup", "object_
 # Where failing open needs it: (file, function).
 BROAD = {
     ("__init__.py", "<module>"),
+    ("hooks/registry.py", "_changes"),
     ("hooks/registry.py", "wrapper"),
     ("hooks/selftest.py", "exercise"),
     ("policies/chain.py", "_ask"),

@@ -56,14 +56,15 @@ class MappedFile:
 
     def in_use(self) -> bool:
         """Whether a tensor that was handed out lives."""
-        while self._storages and self._storages[-1].expired():
+        while self._storages and self._storages[-1].expired():  # type: ignore[no-untyped-call]
             self._storages.pop()
         return bool(self._storages)
 
     def lend(self, tensors: Iterable[torch.Tensor]) -> None:
         """Remembers the tensors that are handed out, without keeping them."""
         self.used = time.monotonic()
-        self._storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
+        self._storages = [
+            StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)

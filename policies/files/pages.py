@@ -11,13 +11,14 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import psutil
 
 CHUNK = 16 * 2**20
 
 
-def _regions(start: int, end: int, path: str) -> list[psutil._pslinux.pmmap_ext] | None:
+def _regions(start: int, end: int, path: str) -> list[Any] | None:
     """The process's regions in [start, end) that map `path`; None where the system does not tell.
 
     Args:

@@ -143,7 +143,8 @@ class ZeroCopy(Policy):
             lease = self._bank.lease(request.path)
         except (OSError, safetensors.SafetensorError) as error:
             # The host meets the same file and raises its own error, which does not always name it.
-            emit("file.unreadable", file=request.path, reason=f"{error}. If it exists, it is damaged: download or copy it again")
+            emit("file.unreadable", file=request.path,
+                 reason=f"{error}. If it exists, it is damaged: download or copy it again")
             return proceed()
         self._read_ahead(lease.file)
         emit("weights.read", file=lease.file.name, bytes=lease.file.identity.size,

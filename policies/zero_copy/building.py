@@ -153,7 +153,7 @@ class _Plan:
             if isinstance(value, torch.Tensor):
                 filled[key] = self._copied(buffer, value)
         if hasattr(request.state_dict, "_metadata"):  # torch keeps the modules' versions there
-            filled._metadata = request.state_dict._metadata
+            setattr(filled, "_metadata", request.state_dict._metadata)  # noqa: B010  it is no field of a dict
         return replace(request, state_dict=filled, assign=True)
 
     def _assignable(self, leaf: torch.nn.Module, name: str, parameter: torch.nn.Parameter, value: torch.Tensor) -> bool:

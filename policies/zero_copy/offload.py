@@ -86,23 +86,8 @@ class Offloader:
 
     def _move(self, weights: Weights, proceed: Proceed) -> Any:
         self._widen(weights.module, weights.patched())
-        strangers = self._strangers(weights.module)
         self._homes.note_all(weights.module)
-        answer = proceed()
-        patched = weights.restored_by_host()
-        # A home is marked once: whatever arrives on the device later either has its bytes or does not go home.
-        unmarked = [(home, home.tensor if name in strangers else parameter)
-                    for name, _, _, parameter, home in self._homes.of(weights.module)
-                    if parameter.device.type != "cpu" and home.mark is None and name not in patched]
-        for (home, _), mark in zip(unmarked, fingerprints([tensor for _, tensor in unmarked]), strict=True):
-            home.mark = mark
-        return answer
-
-    def _strangers(self, module: torch.nn.Module) -> set[str]:
-        """Parameters in RAM that are not at home: our private copies, which may have been written to since, and
-        parameters that somebody exchanged."""
-        return {name for name, _, _, parameter, home in self._homes.of(module)
-                if parameter.device.type == "cpu" and not home.holds(parameter)}
+        return proceed()
 
     def offload(self, request: OffloadWeights) -> Decision | None:
         if request.weights.streamed_by_host or request.device is None or request.device.type != "cpu":
@@ -164,12 +149,15 @@ class Offloader:
         patched = weights.restored_by_host()
         candidates = [(leaf, own_name, parameter, home)
                       for name, leaf, own_name, parameter, home in self._homes.of(weights.module)
-                      if parameter.device.type != "cpu" and name not in patched and home.mark is not None]
+                      if parameter.device.type != "cpu" and name not in patched]
+        unknown = [home for *_, home in candidates if home.mark is None]
+        for home, mark in zip(unknown, fingerprints([home.tensor for home in unknown]), strict=True):
+            home.mark = mark
         unchanged: list[Placed] = []
         for placed, mark in zip(candidates, fingerprints([parameter for _, _, parameter, _ in candidates]), strict=True):
             leaf, name, _, home = placed
             self._pinned.get(leaf, {}).pop(name, None)
-            if mark == home.mark:
+            if mark is not None and mark == home.mark:
                 unchanged.append(placed)
             else:
                 self._homes.forget(leaf, name)

@@ -1,8 +1,8 @@
 """Where a parameter's bytes are at home in a file, and whether the copy on the device is still the same.
 
 A parameter on the device may be pointed back at its home only if nobody wrote to it there. Tensors made in inference mode
-have no version counter, so the proof is a fingerprint of the bytes, taken right after they arrived and compared before they
-leave: one pass at the device's own memory speed each, and eight bytes a parameter across the bus.
+have no version counter, so the proof is a fingerprint of the bytes: the home's, taken once, and the device's, taken before
+each offload in one pass at the device's own memory speed, with eight bytes a parameter across the bus.
 """
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ..files.bank import Bank, MappedFile
+
+_ODD = -7046029254386353131  # 2**64 divided by the golden ratio, as a signed word: spreads low bits over the high ones
 
 
 def is_plain(value: Any) -> bool:
@@ -35,30 +37,48 @@ def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def fingerprint(tensor: torch.Tensor) -> torch.Tensor | None:
-    """The sum of a tensor's bytes read as integers, modulo 2**64: shape (), int64, on the tensor's device.
+    """A checksum of a tensor's bytes: shape (), int64, on the tensor's device.
 
-    Any change of one element is seen; exchanging elements is not, which no patch does. None where it cannot be taken.
+    The sums of each row and of each column, read as 64-bit integers, are mixed and summed modulo 2**64. Mixing is
+    one-to-one, so a change of one element is seen; it is not linear, so the changed signs of a row or a column do not cancel
+    out; and it depends on the place, so exchanged rows or columns are seen. None where it cannot be taken.
     """
-    total = None
-    for part in parts(tensor):
-        if not part.is_contiguous():
-            return None
-        flat = part.detach().reshape(-1)
-        words = next(kind for kind in (torch.int64, torch.int32, torch.int16, torch.uint8) if flat.nbytes % kind.itemsize == 0)
-        if flat.storage_offset() * flat.element_size() % words.itemsize:
-            flat = flat.clone()  # torch reads no words from a view that begins in the middle of one
-        summed = flat.view(words).sum(dtype=torch.int64)
-        total = summed if total is None else total * 31 + summed
+    held = parts(tensor)
+    if not held or not all(part.is_contiguous() for part in held):
+        return None
+    total = torch.zeros((), dtype=torch.int64, device=held[0].device)
+    for part in held:
+        if part.numel() == 0:
+            continue
+        rows = part.detach().reshape(part.shape[0] if part.ndim > 1 else 1, -1)
+        words = next(kind for kind in (torch.int64, torch.int32, torch.int16, torch.uint8)
+                     if rows.shape[-1] * rows.element_size() % kind.itemsize == 0)
+        if rows.storage_offset() * rows.element_size() % words.itemsize:
+            rows = rows.clone()  # torch reads no words from a view that begins in the middle of one
+        read = rows.view(words)
+        mixed = _mixed(read.sum(0, dtype=torch.int64))
+        if len(read) > 1:
+            mixed = mixed * 31 + _mixed(read.sum(1, dtype=torch.int64))
+        total = total * 31 + mixed
     return total
 
 
+def _mixed(words: torch.Tensor) -> torch.Tensor:
+    """Multiplies each word by an odd number of its place, folds the high half onto the low one, and sums."""
+    words = words * (torch.arange(1, 2 * len(words), 2, device=words.device) * _ODD)
+    return (words ^ ((words >> 32) & 0xFFFFFFFF)).sum()
+
+
 def fingerprints(tensors: Sequence[torch.Tensor]) -> list[int | None]:
-    """The fingerprints of many tensors, with one wait for each device."""
-    sums = [fingerprint(tensor) for tensor in tensors]
-    found: dict[int, int] = {}
-    for device in {total.device for total in sums if total is not None}:
-        there = [index for index, total in enumerate(sums) if total is not None and total.device == device]
-        found.update(zip(there, torch.stack([cast(torch.Tensor, sums[index]) for index in there]).tolist(), strict=True))
+    """The fingerprints of many tensors, with one wait for each device. None where the backend cannot take them."""
+    try:
+        sums = [fingerprint(tensor) for tensor in tensors]
+        found: dict[int, int] = {}
+        for device in {total.device for total in sums if total is not None}:
+            there = [index for index, total in enumerate(sums) if total is not None and total.device == device]
+            found.update(zip(there, torch.stack([cast(torch.Tensor, sums[index]) for index in there]).tolist(), strict=True))
+    except (RuntimeError, TypeError):  # no such kernel on this backend, or no memory for it: then a copy it is
+        return [None] * len(tensors)
     return [found.get(index) for index in range(len(sums))]
 
 
@@ -76,7 +96,7 @@ def put(leaf: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 @dataclass
 class Home:
-    """The mapped tensor that a parameter was, its file, and the fingerprint of its bytes once they were on a device."""
+    """The mapped tensor that a parameter was, its file, and the fingerprint of its bytes once somebody asked."""
 
     tensor: torch.Tensor
     file: MappedFile
@@ -86,17 +106,13 @@ class Home:
         """Whether the tensor could be this parameter's."""
         return parameter.shape == self.tensor.shape and parameter.dtype == self.tensor.dtype
 
-    def holds(self, parameter: torch.Tensor) -> bool:
-        """Whether the parameter is the mapped tensor itself."""
-        return all(one.data_ptr() == other.data_ptr() for one, other in zip(parts(parameter), parts(self.tensor), strict=True))
-
 
 def _alias(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory as an inference tensor: only that can become the data of a parameter that was made in either mode."""
     if not is_plain(tensor):
         return tensor.data if isinstance(tensor, torch.nn.Parameter) else tensor
     with torch.inference_mode():
-        return torch.empty(0, dtype=tensor.dtype).set_(  # type: ignore[no-any-return]
+        return torch.empty(0, dtype=tensor.dtype).set_(
             tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
 
 

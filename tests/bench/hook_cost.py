@@ -41,14 +41,15 @@ def microseconds() -> list[tuple[str, float]]:
     """(case, microseconds above the bare call), the best of five runs of 20,000 calls."""
     module = types.ModuleType("bench_host")
 
-    def free_memory(memory_required, device, keep_loaded=[], for_dynamic=False):
+    def free_memory(memory_required, device, keep_loaded=(), for_dynamic=False):
         return []
 
     module.free_memory = free_memory
     sys.modules["bench_host"] = module
     bare = _measure(module)
     rows = []
-    for title, policies in (("no policy", []), ("a policy without an opinion", [_Silent()]), ("a policy that acts", [_Acting()])):
+    cases = (("no policy", []), ("a policy without an opinion", [_Silent()]), ("a policy that acts", [_Acting()]))
+    for title, policies in cases:
         chain = PolicyChain(policies)
         seam = Seam("bench_host", "free_memory", ("memory_required", "device"))
         hook = Hook(seam, FreeMemory, lambda call: FreeMemory(str(call["device"]), float(call["memory_required"])),

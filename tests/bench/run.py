@@ -1,4 +1,6 @@
-"""Benchmarks: `make bench`, or `make bench BENCH="swap load"` for some. Every figure stands beside ComfyUI alone in the same run.
+"""Benchmarks: `make bench`, or `make bench BENCH="swap load"` for some.
+
+Every figure stands beside ComfyUI alone in the same run.
 
 The two servers run side by side and take prompts in turn, so that a machine that slows down slows both.
 Figures of the simulated accelerator are marked *simulated*: its transfers are counted exactly, its seconds are a CPU's.
@@ -20,7 +22,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 from conftest import COMFYUI, TREES  # noqa: E402
 from support import workflows  # noqa: E402
 from support.fixtures import build_simulated_npu, make_models, no_simulated_npu  # noqa: E402
-from support.server import MB, Server  # noqa: E402
+from support.server import Server  # noqa: E402
 from table import ratio, show  # noqa: E402
 
 MODELS = TREES.parent / "residency-models"

@@ -1,4 +1,4 @@
-"""Where the bytes are: mapped instead of copied, back in the mapping instead of copied from the device, and gone when let go."""
+"""Where the bytes are: mapped and not copied, back in the mapping without a copy from the device, and gone when let go."""
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -79,7 +79,8 @@ def test_latents_are_those_of_the_packs_alone(server: Server, packs: list[Path],
                                               tmp_path_factory: pytest.TempPathFactory) -> None:
     """The plugin changes nothing of what the packs make of their own files."""
     server.run(through_gguf(gguf_model, seed=3))
-    with Server(COMFYUI, tmp_path_factory.mktemp("alone"), models, plugin=False, device_mb=SMALL_DEVICE_MB, packs=packs) as alone:
+    with Server(COMFYUI, tmp_path_factory.mktemp("alone"), models, plugin=False, device_mb=SMALL_DEVICE_MB,
+                packs=packs) as alone:
         alone.run(through_gguf(gguf_model, seed=3))
 
         assert torch.equal(alone.latents(), server.latents())

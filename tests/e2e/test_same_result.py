@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import workflows
-
 from e2e.conftest import Pair
+from support import workflows
 
 LORA_ONE, LORA_TWO = (("flux_one", 1.0),), (("flux_one", 0.6), ("flux_two", 0.8))
 

@@ -14,11 +14,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import torch  # noqa: E402
-from support.fixtures import build_simulated_npu, make_models, no_simulated_npu  # noqa: E402
-from support.loading import COMFYUI, ROOT, TREES  # noqa: E402
-from support.server import MB, Server  # noqa: E402
-from support.workflows import Workflow, both, text_to_latent  # noqa: E402
+import torch
+
+from support.fixtures import build_simulated_npu, make_models, no_simulated_npu
+from support.loading import COMFYUI, ROOT, TREES
+from support.server import MB, Server
+from support.workflows import Workflow, both, text_to_latent
 
 MODELS = TREES.parent / "residency-models"
 
@@ -75,7 +76,8 @@ def main() -> None:
     swap = [both("big_a", "big_b", seed=seed) for seed in (1, 2, 3)]
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
-        compare("Two models in one workflow, three prompts", f"{name}, dynamic VRAM off", swap, device_args=["--disable-dynamic-vram"])
+        compare("Two models in one workflow, three prompts", f"{name}, dynamic VRAM off", swap,
+                device_args=["--disable-dynamic-vram"])
         return
     compare("A 1.7 GB float32 model, two prompts", "CPU", decoded)
     reason = no_simulated_npu()

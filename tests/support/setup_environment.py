@@ -69,7 +69,8 @@ def unpack(python: Path, into: Path, release: str, digest: str) -> None:
         with tarfile.open(archive) as tar:
             if hasattr(tarfile, "data_filter"):
                 tar.extraction_filter = tarfile.data_filter
-            members = [member for member in tar.getmembers() if member.name.startswith(inside) and (member.isfile() or member.isdir())]
+            members = [member for member in tar.getmembers()
+                       if member.name.startswith(inside) and (member.isfile() or member.isdir())]
             for member in members:
                 member.name = member.name.removeprefix(inside)
             tar.extractall(Path(scratch) / "tree", [member for member in members if member.name])

@@ -73,7 +73,8 @@ def _sample(flow: Workflow, model: list[Any], clip: list[Any], seed: int, steps:
             loras: tuple[tuple[str, float], ...], vae: list[Any] | None, prefix: str, more: Workflow) -> Workflow:
     flow = {**flow, **more}
     for index, (name, strength) in enumerate(loras):
-        flow[f"lora{index}"] = node("LoraLoaderModelOnly", model=model, lora_name=f"{name}.safetensors", strength_model=strength)
+        flow[f"lora{index}"] = node("LoraLoaderModelOnly", model=model, lora_name=f"{name}.safetensors",
+                                    strength_model=strength)
         model = [f"lora{index}", 0]
     flow |= {
         "positive": node("CLIPTextEncode", clip=clip, text="a cat"),
