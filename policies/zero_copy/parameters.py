@@ -6,15 +6,17 @@ each offload in one pass at the device's own memory speed, with eight bytes a pa
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 
 from ..files.bank import Bank, MappedFile
 
+_BATCH = 2**19  # words that are mixed at once: 4 MB, and a few times that in temporary memory
 _ODD = -7046029254386353131  # 2**64 divided by the golden ratio, as a signed word: spreads low bits over the high ones
 
 
@@ -36,50 +38,64 @@ def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [getattr(data, name) for name in data.__tensor_flatten__()[0]]
 
 
-def fingerprint(tensor: torch.Tensor) -> torch.Tensor | None:
-    """A checksum of a tensor's bytes: shape (), int64, on the tensor's device.
+def fingerprint(tensor: torch.Tensor) -> int | None:
+    """A 64-bit checksum of a tensor's bytes; None where it cannot be taken.
 
-    The sums of each row and of each column, read as 64-bit integers, are mixed and summed modulo 2**64. Mixing is
-    one-to-one, so a change of one element is seen; it is not linear, so the changed signs of a row or a column do not cancel
-    out; and it depends on the place, so exchanged rows or columns are seen. None where it cannot be taken.
+    The bytes are read as 64-bit integers, and short stretches of each row are summed, then mixed and summed modulo 2**64.
+    Mixing is one-to-one, so a change of one element is seen; it is not linear, so the changed signs of a row or a column do
+    not cancel out; and it depends on the place, so exchanged rows or stretches are seen.
     """
-    held = parts(tensor)
-    if not held or not all(part.is_contiguous() for part in held):
-        return None
-    total = torch.zeros((), dtype=torch.int64, device=held[0].device)
-    for part in held:
-        if part.numel() == 0:
-            continue
-        rows = part.detach().reshape(part.shape[0] if part.ndim > 1 else 1, -1)
-        words = next(kind for kind in (torch.int64, torch.int32, torch.int16, torch.uint8)
-                     if rows.shape[-1] * rows.element_size() % kind.itemsize == 0)
-        if rows.storage_offset() * rows.element_size() % words.itemsize:
-            rows = rows.clone()  # torch reads no words from a view that begins in the middle of one
-        read = rows.view(words)
-        mixed = _mixed(read.sum(0, dtype=torch.int64))
-        if len(read) > 1:
-            mixed = mixed * 31 + _mixed(read.sum(1, dtype=torch.int64))
-        total = total * 31 + mixed
-    return total
-
-
-def _mixed(words: torch.Tensor) -> torch.Tensor:
-    """Multiplies each word by an odd number of its place, folds the high half onto the low one, and sums."""
-    words = words * (torch.arange(1, 2 * len(words), 2, device=words.device) * _ODD)
-    return (words ^ ((words >> 32) & 0xFFFFFFFF)).sum()
+    return fingerprints([tensor])[0]
 
 
 def fingerprints(tensors: Sequence[torch.Tensor]) -> list[int | None]:
-    """The fingerprints of many tensors, with one wait for each device. None where the backend cannot take them."""
+    """The fingerprints of many tensors. Batches keep the kernels few and the temporary memory small."""
+    found: list[int | None] = [None] * len(tensors)
     try:
-        sums = [fingerprint(tensor) for tensor in tensors]
-        found: dict[int, int] = {}
-        for device in {total.device for total in sums if total is not None}:
-            there = [index for index, total in enumerate(sums) if total is not None and total.device == device]
-            found.update(zip(there, torch.stack([cast(torch.Tensor, sums[index]) for index in there]).tolist(), strict=True))
-    except (RuntimeError, TypeError):  # no such kernel on this backend, or no memory for it: then a copy it is
+        for device in {tensor.device for tensor in tensors}:
+            batch: dict[int, torch.Tensor] = {}
+            for index, tensor in enumerate(tensors):
+                sums = _sums(tensor) if tensor.device == device else []
+                if sums:
+                    batch[index] = torch.cat(sums)
+                if batch and (index == len(tensors) - 1 or sum(map(len, batch.values())) > _BATCH):
+                    for done, mark in zip(batch, _mixed(list(batch.values())), strict=True):
+                        found[done] = mark
+                    batch = {}
+    except (RuntimeError, TypeError):  # no such kernel on this backend, or no memory for it: then it is a copy
         return [None] * len(tensors)
-    return [found.get(index) for index in range(len(sums))]
+    return found
+
+
+def _sums(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The sums of short stretches, for each part of a tensor; nothing for what does not show its bytes."""
+    sums = []
+    for part in parts(tensor):
+        if not part.is_contiguous():
+            return []
+        if not part.numel():
+            continue
+        row = part.nbytes // (part.shape[0] if part.ndim > 1 else 1)
+        word = next(kind for kind in (torch.int64, torch.int32, torch.int16, torch.uint8) if row % kind.itemsize == 0)
+        flat = part.detach().view(-1)
+        if flat.storage_offset() * flat.element_size() % word.itemsize:
+            flat = flat.clone()  # torch reads no words from a view that begins in the middle of one
+        # A stretch never spans two rows: two changes in one column would meet in it. Small weights can afford short ones.
+        stretch = math.gcd(row // word.itemsize, 128 if part.nbytes > 2**20 else 16)
+        sums.append(flat.view(word).view(-1, stretch).sum(1, dtype=torch.int64))
+    return sums
+
+
+def _mixed(sums: list[torch.Tensor]) -> list[int]:
+    """Stirs each word with its place, and adds up each vector. Twice multiplied and folded, as in the finalizer of SplitMix64
+    (Steele, Lea and Flood, 2014): after one round a flipped top bit still moves just two bits, which can cancel."""
+    odd = torch.arange(1, 2 * max(map(len, sums)) + 1, 2, device=sums[0].device) * _ODD
+    words = torch.cat(sums).mul_(torch.cat([odd[:len(vector)] for vector in sums]))
+    words ^= (words >> 32).bitwise_and_(0xFFFFFFFF)  # the shift keeps the sign, so the mask
+    words *= _ODD
+    words ^= (words >> 29).bitwise_and_(0x7FFFFFFFF)
+    marks: list[int] = torch.stack([piece.sum() for piece in words.split([len(vector) for vector in sums])]).tolist()
+    return marks
 
 
 def put(leaf: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:

@@ -1,0 +1,74 @@
+"""On a real CUDA device: the classic patcher with dynamic VRAM off, and dynamic VRAM, where there is nothing to do."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import COMFYUI
+from e2e.conftest import Pair, troubles
+from support import workflows
+from support.server import MB, Server
+
+pytestmark = pytest.mark.gpu
+
+
+def room_for_one_model() -> list[str]:
+    """Arguments that leave room for one of the middle models and not for two, whatever the card."""
+    free, _ = torch.cuda.mem_get_info()
+    reserved = free / 2**30 - 0.8 - 0.45  # what ComfyUI keeps for inference, a CUDA context, one model
+    return ["--disable-dynamic-vram", "--reserve-vram", f"{reserved:.3f}"]
+
+
+@pytest.fixture(scope="module")
+def cuda() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
+@pytest.fixture(scope="module")
+def swapping(cuda: None, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    args = room_for_one_model()
+    with Server(COMFYUI, tmp_path_factory.mktemp("alone"), models, plugin=False, device_args=args) as alone:
+        with Server(COMFYUI, tmp_path_factory.mktemp("plugin"), models, device_args=args) as plugin:
+            yield Pair(alone, plugin)
+            assert troubles(plugin) == []
+
+
+@pytest.mark.parametrize("workflow", [
+    pytest.param(workflows.both("middle_a", "middle_b"), id="two models that swap"),
+    pytest.param(workflows.both("middle_a", "middle_b", seed=2), id="and again"),
+    pytest.param(workflows.text_to_latent("middle_a", loras=(("middle", 1.0),)), id="LoRA"),
+    pytest.param(workflows.hooked_lora("middle_a", "middle"), id="LoRA scheduled by hooks"),
+    pytest.param(workflows.text_to_latent("flux_quantised"), id="quantised"),
+    pytest.param(workflows.text_to_latent("flux_a", weight_dtype="fp8_e4m3fn"), id="fp8 of a bf16 file"),
+])
+def test_latents_are_equal(swapping: Pair, workflow: workflows.Workflow) -> None:
+    """Bit for bit, on the classic patcher."""
+    swapping.same(workflow, *(("out_a", "out_b") if "save2" in workflow else ("out",)))
+
+
+def test_swapping_restores_without_a_copy(swapping: Pair) -> None:
+    """What leaves the card goes back to the file's mapping."""
+    for seed in (3, 4):
+        swapping.plugin.run(workflows.both("middle_a", "middle_b", seed=seed))
+    restored = swapping.plugin.events("weights.restored")
+
+    assert sum(event["bytes"] for event in restored) > 60 * MB
+    middle = [event for event in restored[-2:] if event["model"] == "Flux"]
+    assert sum(event["copied_bytes"] for event in middle) == 0
+
+
+def test_dynamic_vram_is_left_alone(cuda: None, models: Path, tmp_path: Path) -> None:
+    """zero_copy says once that there is nothing to do, and the result is ComfyUI's."""
+    found = []
+    for name in ("alone", "plugin"):
+        with Server(COMFYUI, tmp_path / name, models, plugin=name == "plugin", device_args=[]) as server:
+            server.run(workflows.both("middle_a", "middle_b"))
+            found.append(server.latents("out_b"))
+            if name == "plugin" and "DynamicVRAM support detected" in server.log():
+                assert [event["policy"] for event in server.events("policy.declined")] == ["zero_copy"]
+                assert server.events("weights.mapped") == []
+
+    assert torch.equal(*found)
