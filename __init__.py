@@ -48,7 +48,10 @@ class Plugin:
     def prompt_starts(self) -> None:
         self.registry.check_reach()
         if self.settings.changed():
+            from .telemetry import emit
+
             self.apply()
+            emit("settings.changed", policies=self.chain.names())
 
     def stop(self) -> None:
         """Takes everything out again."""

@@ -118,6 +118,32 @@ def overhead() -> None:
          [("seconds, median", statistics.median(seconds["alone"]), statistics.median(seconds["plugin"]), mean, upper)])
 
 
+def gpu() -> None:
+    """The classic patcher on a CUDA card with all but a little of it reserved: models that swap, and one partly loaded."""
+    make_models(COMFYUI, MODELS, ("diffusion_models/big_a", "diffusion_models/big_b", "text_encoders/clip_l"))
+    card = torch.cuda.get_device_name()
+    scenarios = (("two 846 MB models swap", 2.2, lambda seed: workflows.both("big_a", "big_b", seed=seed, steps=4, size=512)),
+                 ("one 846 MB model, partly loaded", 1.75,
+                  lambda seed: workflows.text_to_latent("big_a", seed=seed, steps=20, size=512)))
+    for title, room_gb, flow in scenarios:
+        seconds, private, placed = {}, {}, []
+        reserved = torch.cuda.mem_get_info()[0] / 2**30 - room_gb - 0.5  # half a GB is the CUDA context
+        args = ["--disable-dynamic-vram", "--reserve-vram", f"{reserved:.2f}"]
+        for name in NAMES:  # one after the other: the room is counted from what is free
+            with tempfile.TemporaryDirectory() as folder, Server(COMFYUI, Path(folder), MODELS, plugin=name == "plugin",
+                                                                 device_args=args) as server:
+                start = server.private_bytes()
+                seconds[name] = [server.run(flow(prompt)) for prompt in range(9)][1:]
+                private[name] = (server.private_bytes() - start) / 1e6
+                placed = [line for line in server.log().splitlines() if " loaded, " in line]
+        mean, upper = ratio(seconds["plugin"], seconds["alone"])
+        show(f"{card}, dynamic VRAM off, {room_gb} GB of room: {title}; 8 warm prompts",
+             ("", "alone", "plugin", "ratio", "upper 95 %"),
+             [("seconds, median", statistics.median(seconds["alone"]), statistics.median(seconds["plugin"]), mean, upper),
+              ("private RAM, MB", private["alone"], private["plugin"], private["plugin"] / private["alone"], "")])
+        print(placed[-1], flush=True)
+
+
 def hook() -> None:
     """One intercepted call, on a function that does nothing."""
     from hook_cost import microseconds
@@ -125,10 +151,11 @@ def hook() -> None:
     show("One intercepted call, microseconds above the bare call", ("", "microseconds"), microseconds())
 
 
-BENCHES: dict[str, Callable[[], None]] = {"hook": hook, "load": load, "overhead": overhead, "swap": swap, "partial": partial}
+BENCHES: dict[str, Callable[[], None]] = {"hook": hook, "load": load, "overhead": overhead, "swap": swap,
+                                          "partial": partial, "gpu": gpu}
 
 if __name__ == "__main__":
-    chosen = sys.argv[1:] or list(BENCHES)
+    chosen = sys.argv[1:] or [name for name in BENCHES if name != "gpu" or torch.cuda.is_available()]
     unknown = [name for name in chosen if name not in BENCHES]
     if unknown:
         sys.exit(f"no benchmark {', '.join(unknown)}; there are {', '.join(BENCHES)}")

@@ -30,10 +30,10 @@ def cuda() -> None:
 @pytest.fixture(scope="module")
 def swapping(cuda: None, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     args = room_for_one_model()
-    with Server(COMFYUI, tmp_path_factory.mktemp("alone"), models, plugin=False, device_args=args) as alone:
-        with Server(COMFYUI, tmp_path_factory.mktemp("plugin"), models, device_args=args) as plugin:
-            yield Pair(alone, plugin)
-            assert troubles(plugin) == []
+    with (Server(COMFYUI, tmp_path_factory.mktemp("alone"), models, plugin=False, device_args=args) as alone,
+          Server(COMFYUI, tmp_path_factory.mktemp("plugin"), models, device_args=args) as plugin):
+        yield Pair(alone, plugin)
+        assert troubles(plugin) == []
 
 
 @pytest.mark.parametrize("workflow", [
