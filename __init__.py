@@ -1,7 +1,4 @@
-"""Residency decides where ComfyUI's model weights live, and moves them as little as it can.
-
-This is the composition root: settings, policies, chain, hooks. It never raises: a plugin that fails must not cost a ComfyUI.
-"""
+"""Residency decides where ComfyUI's model weights live. The composition root: it never raises, so as not to cost a ComfyUI."""
 import logging
 import os
 from pathlib import Path
@@ -14,9 +11,10 @@ class Plugin:
     """The running plugin. Its hooks tell it of prompts; between them it follows the settings."""
 
     def __init__(self) -> None:
-        from . import hooks, policies, settings
+        from . import hooks, policies, settings, telemetry
         from .policies.chain import PolicyChain
-
+        from .telemetry import sinks
+        self._policies, self._telemetry, self._sinks = policies, telemetry, sinks
         self.host = hooks.host.connect()
         self.folder = hooks.host.user_folder()
         files = Path(__file__).parent / "settings.toml", self.folder / "settings.toml"
@@ -37,26 +35,21 @@ class Plugin:
 
     def apply(self) -> None:
         """Puts the settings in force; a policy whose settings are the same goes on."""
-        from . import policies, telemetry
-        from .telemetry import sinks
-
         now = self.settings.now
-        telemetry.replace(sinks.open_all(now.telemetry, self.folder) if now.enabled else [])
-        self.chain.switch(policies.load(now, self.tools, self.chain.policies))
+        self._telemetry.replace(self._sinks.open_all(now.telemetry, self.folder) if now.enabled else [])
+        self.chain.switch(self._policies.load(now, self.tools, self.chain.policies))
         self.registry.sync(self.chain.wanted() if now.enabled else None)
-
-    def prompt_starts(self) -> None:
-        self.registry.check_reach()
-        if self.settings.changed():
-            from .telemetry import emit
-
-            self.apply()
-            emit("settings.changed", policies=self.chain.names())
 
     def stop(self) -> None:
         """Takes everything out again."""
         self.registry.remove_all()
         self.chain.switch(())
+
+    def prompt_starts(self) -> None:
+        self.registry.check_reach()
+        if self.settings.changed():
+            self.apply()
+            self._telemetry.emit("settings.changed", policies=self.chain.names())
 
 
 if not os.environ.get("RESIDENCY_DISABLE"):
@@ -64,4 +57,3 @@ if not os.environ.get("RESIDENCY_DISABLE"):
         plugin = Plugin()
     except Exception as error:  # whatever it is, ComfyUI must start
         logging.getLogger("residency").error("[residency] not started, ComfyUI runs as usual. %s", error)
-        logging.getLogger("residency").debug("", exc_info=error)

@@ -47,6 +47,7 @@ from ..requests import (
     WriteInPlace,
 )
 from .building import Builder
+from .copies import Copies
 from .offload import Offloader
 from .parameters import Homes, is_plain
 
@@ -78,7 +79,8 @@ class ZeroCopy(Policy):
         self._tools, self._bank = tools, tools.bank
         homes = Homes(tools.bank)
         self._builder = Builder(tools.bank, homes, settings.keep_file_dtype)
-        self._offloader = Offloader(homes, tools, self._builder.widen)
+        self._copies = Copies(homes, tools)
+        self._offloader = Offloader(homes, self._copies, tools.bank, self._builder.widen)
         self._told: WeakSet[MappedFile] = WeakSet()
         self._rules = {
             ReadWeights: self._read,
@@ -89,9 +91,9 @@ class ZeroCopy(Policy):
             OffloadWeights: self._offloader.offload,
             OffloadPart: self._offloader.offload_part,
             MoveModule: self._offloader.move_module,
-            WriteInPlace: self._offloader.write,
-            PinWeight: self._offloader.pin,
-            PinMemory: self._offloader.pin_memory,
+            WriteInPlace: self._copies.write,
+            PinWeight: self._copies.pin,
+            PinMemory: self._copies.pin_memory,
             RunPrompt: self._run_prompt,
         }
         self.answers = frozenset(self._rules)
@@ -124,7 +126,7 @@ class ZeroCopy(Policy):
         if not isinstance(self.settings.keep_gb, str):
             room = min(room, int(self.settings.keep_gb * GB))
         self._tools.ledger.book(NAME, Residency.MAPPED, self._bank.sweep(room))
-        self._offloader.book()
+        self._copies.book()
 
     def _read(self, request: ReadWeights) -> Decision | None:
         if not request.on_cpu:

@@ -1,41 +1,21 @@
-"""Leaving the device without a copy: a parameter that nobody changed there is pointed at its home in the file again.
-
-Mapped weights are not page-locked in place. `cudaHostRegister` takes pages for writing, which turns each page of a
-copy-on-write mapping into a private copy first: RAM doubles behind everybody's back, and the kernel does it page by page.
-Weights that stay off the device while sampling are copied instead, once, within the budget for pinned memory, and the host
-pins the copy: they stream as fast as without us. Beyond the budget they stream from the mapping, unpinned.
-"""
+"""Leaving the device without a copy: a parameter that nobody changed there is pointed at its home in the file again."""
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import partial
-from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import torch
 
 from ...telemetry import emit
-from ..files.bank import MappedFile
-from ..memory import Residency
+from ..files.bank import Bank, MappedFile
 from ..policy import Decision, Proceed
-from ..requests import (
-    MoveModule,
-    MoveWeights,
-    OffloadPart,
-    OffloadWeights,
-    PinMemory,
-    PinWeight,
-    Weights,
-    WriteInPlace,
-)
-from .parameters import Home, Homes, fingerprints, is_plain, parts, put
+from ..requests import MoveModule, MoveWeights, OffloadPart, OffloadWeights, Weights
+from .copies import Copies
+from .parameters import Home, Homes, fingerprints, parts, put
 
-if TYPE_CHECKING:
-    from .. import Tools
-
-OWNER = "zero_copy"
 Placed = tuple[torch.nn.Module, str, torch.nn.Parameter, Home]
 
 
@@ -66,13 +46,10 @@ _leaving: ContextVar[_Leaving | None] = ContextVar("residency_leaving", default=
 
 
 class Offloader:
-    """Decides on everything that moves, overwrites or pins a parameter."""
+    """Decides on everything that moves a parameter."""
 
-    def __init__(self, homes: Homes, tools: Tools, widen: Callable[[torch.nn.Module, set[str]], None]) -> None:
-        self._homes, self._bank, self._ledger, self._host = homes, tools.bank, tools.ledger, tools.host
-        self._widen = widen
-        self._written: WeakKeyDictionary[torch.nn.Module, set[str]] = WeakKeyDictionary()
-        self._pinned: WeakKeyDictionary[torch.nn.Module, dict[str, int]] = WeakKeyDictionary()
+    def __init__(self, homes: Homes, copies: Copies, bank: Bank, widen: Callable[[torch.nn.Module, set[str]], None]) -> None:
+        self._homes, self._copies, self._bank, self._widen = homes, copies, bank, widen
 
     def files_of(self, module: torch.nn.Module) -> set[MappedFile]:
         """The files that its parameters are, or were before they moved."""
@@ -102,7 +79,7 @@ class Offloader:
             put(leaf, name, home.tensor)
             leaving.restored += _bytes(home.tensor)
         answer = proceed()
-        self._adopt_unchanged(weights.module)
+        self._copies.adopt_unchanged(weights.module)
         leaving.tell()
         return answer
 
@@ -156,68 +133,12 @@ class Offloader:
         unchanged: list[Placed] = []
         for placed, mark in zip(candidates, fingerprints([parameter for _, _, parameter, _ in candidates]), strict=True):
             leaf, name, _, home = placed
-            self._pinned.get(leaf, {}).pop(name, None)
+            self._copies.gone(leaf, name)
             if mark is not None and mark == home.mark:
                 unchanged.append(placed)
             else:
                 self._homes.forget(leaf, name)
         return unchanged
-
-    def write(self, request: WriteInPlace) -> Decision | None:
-        parameter = request.module._parameters.get(request.name)
-        if parameter is None or not is_plain(parameter) or self._bank.file_of(parameter) is None:
-            return None
-
-        def act(proceed: Proceed) -> Any:
-            self._homes.note(request.module, request.name, parameter)
-            put(request.module, request.name, parameter.detach().clone())
-            self._written.setdefault(request.module, set()).add(request.name)
-            return proceed()
-
-        return Decision("", act)
-
-    def _adopt_unchanged(self, module: torch.nn.Module) -> None:
-        """Private copies that were written to and put back (hooks) end as the mapping again, if their bytes are the same."""
-        for leaf in module.modules():
-            for name in self._written.pop(leaf, ()):
-                parameter, home = leaf._parameters.get(name), self._homes.get(leaf).get(name)
-                if parameter is None or home is None or parameter.device.type != "cpu" or not home.fits(parameter):
-                    continue
-                mark, home_mark = fingerprints([parameter, home.tensor])
-                if mark is not None and mark == home_mark:
-                    put(leaf, name, home.tensor)
-
-    def pin(self, request: PinWeight) -> Decision | None:
-        leaf_name, _, name = request.name.rpartition(".")
-        leaf = request.weights.module.get_submodule(leaf_name)
-        parameter = leaf._parameters.get(name)
-        if (parameter is None or not is_plain(parameter) or self._bank.file_of(parameter) is None
-                or not self._host.memory.can_pin()):
-            return None
-        booked = self._pinned_bytes() - self._pinned.get(leaf, {}).get(name, 0)
-        if booked + parameter.nbytes > self._ledger.room(OWNER, Residency.PINNED):
-            return None
-
-        def act(proceed: Proceed) -> Any:
-            self._homes.note(leaf, name, parameter)
-            put(leaf, name, parameter.detach().clone())
-            self._pinned.setdefault(leaf, {})[name] = parameter.nbytes
-            self.book()
-            return proceed()
-
-        return Decision("", act)
-
-    def book(self) -> None:
-        """Tells the ledger which copies are left: models die, and weights go home."""
-        self._ledger.book(OWNER, Residency.PINNED, self._pinned_bytes())
-
-    def _pinned_bytes(self) -> int:
-        return sum(sum(names.values()) for names in self._pinned.values())
-
-    def pin_memory(self, request: PinMemory) -> Decision | None:
-        if not any(self._bank.file_of(part) for part in parts(request.tensor)):
-            return None
-        return Decision("", lambda proceed: False)
 
 
 def _bytes(tensor: torch.Tensor) -> int:

@@ -94,7 +94,7 @@ def _mixed(sums: list[torch.Tensor]) -> list[int]:
     words ^= (words >> 32).bitwise_and_(0xFFFFFFFF)  # the shift keeps the sign, so the mask
     words *= _ODD
     words ^= (words >> 29).bitwise_and_(0x7FFFFFFFF)
-    marks: list[int] = torch.stack([piece.sum() for piece in words.split([len(vector) for vector in sums])]).tolist()
+    marks: list[int] = torch.stack([piece.sum() for piece in torch.split(words, [len(vector) for vector in sums])]).tolist()
     return marks
 
 

@@ -415,7 +415,7 @@ def test_only_the_same_bits_count_as_put_back(dtype: torch.dtype, house: Any, sa
         net.weight.view(torch.uint8).view(-1)[dtype.itemsize - 1] ^= 128
     house.ask(OffloadWeights(weights_of(net), CPU))
     assert address != net.weight.data_ptr()
-    house.policy._offloader._written.setdefault(net, set()).add("weight")
+    house.policy._copies._written.setdefault(net, set()).add("weight")
     with torch.no_grad():
         net.weight.view(torch.uint8).view(-1)[dtype.itemsize - 1] ^= 128
     house.ask(OffloadWeights(weights_of(net), CPU))
