@@ -42,22 +42,26 @@ def swap() -> None:
     with ExitStack() as stack:
         servers = pair(stack, 2200)
         start = {name: server.private_bytes() for name, server in servers.items()}
-        for prompt in range(1, 5):
-            for name, server in servers.items():
-                before = server.device()
+        for prompt in range(1, 12):
+            for name in NAMES if prompt % 2 else reversed(NAMES):
+                server, before = servers[name], servers[name].device()
                 took = server.run(workflows.both("big_a", "big_b", seed=prompt))
                 now = server.device()
                 if prompt > 1:
                     seconds[name].append(took)
+                if prompt > 4:
+                    continue
                 rows.append((f"{prompt} {name}", took, *((now[key] - before[key]) / 1e6 for key in ("to_device", "to_host")),
                              (server.private_bytes() - start[name]) / 1e6))
         same = all(torch.equal(servers["alone"].latents(p), servers["plugin"].latents(p)) for p in ("out_a", "out_b"))
         other = not torch.equal(servers["plugin"].latents("out_a"), servers["plugin"].latents("out_b"))
     show("Swap, simulated: two 846 MB bf16 models and CLIP-L on a 2200 MB device, two steps each",
          ("prompt", "seconds", "to device MB", "to host MB", "private RAM MB"), rows)
-    show("Swap, simulated: plugin against alone, prompts 2 to 4", ("", "ratio"),
-         [("seconds, geometric mean", ratio(seconds["plugin"], seconds["alone"])[0]),
-          ("same latents", "yes" if same else "NO"), ("control: models differ", "yes" if other else "NO")])
+    mean, upper = ratio(seconds["plugin"], seconds["alone"])
+    show("Swap, simulated: prompts 2 to 11, in turn", ("", "alone", "plugin", "ratio", "upper 95 %"),
+         [("seconds, median", statistics.median(seconds["alone"]), statistics.median(seconds["plugin"]), mean, upper),
+          ("same latents", "", "yes" if same else "NO", "", ""),
+          ("control: models differ", "", "yes" if other else "NO", "", "")])
 
 
 def partial() -> None:

@@ -23,6 +23,8 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
     pytest.param(workflows.text_to_latent("sd3", clip="clip_l_fp8", clip_type="sd3"), id="fp8 text encoder"),
     pytest.param(workflows.two_encoders("sd3", ("clip_l", "clip_l_other")), id="two text encoders"),
     pytest.param(workflows.hooked_lora("flux_a", "flux_one"), id="LoRA scheduled by hooks"),
+    pytest.param(workflows.with_controlnet("flux_a", "flux"), id="ControlNet"),
+    pytest.param(workflows.torch_file("flux_torch"), id="a .pt file"),
     pytest.param(workflows.both("middle_a", "middle_b"), id="two models that swap"),
 ])
 def test_latents_are_equal(pair: Pair, workflow: workflows.Workflow) -> None:
@@ -41,6 +43,17 @@ def test_latents_are_equal(pair: Pair, workflow: workflows.Workflow) -> None:
 def test_latents_and_vae_are_equal(pair: Pair, workflow: workflows.Workflow) -> None:
     """A VAE's weights are mapped too, and it decodes and encodes the same."""
     pair.same(workflow, "out", "out_vae")
+
+
+def test_a_controlnet_and_a_torch_file_are_mapped(pair: Pair) -> None:
+    """Both count as mapped where their dtype is the model's; a ControlNet does something."""
+    plain = pair.same(workflows.text_to_latent("flux_a"))
+    controlled = pair.same(workflows.with_controlnet("flux_a", "flux"))
+    pair.same(workflows.torch_file("flux_torch"))
+
+    mapped = {event["file"]: event["bytes"] for event in pair.plugin.events("weights.mapped")}
+    assert difference(plain, controlled) > 0.01
+    assert mapped["flux.safetensors" if pair.plugin.simulated else "flux_torch.pt"] > 0
 
 
 def test_lora_on_off_on(pair: Pair) -> None:

@@ -13,6 +13,7 @@ import comfy.options
 
 comfy.options.enable_args_parsing()
 import comfy.clip_model
+import comfy.ldm.flux.controlnet
 import comfy.ldm.flux.model
 import comfy.ldm.wan.model
 import comfy.ldm.wan.vae
@@ -62,6 +63,15 @@ def flux(seed, dtype=torch.bfloat16, hidden=128, depth=2, single=2):
         in_channels=16, out_channels=16, vec_in_dim=768, context_in_dim=768, hidden_size=hidden, mlp_ratio=4.0,
         num_heads=hidden // 128, depth=depth, depth_single_blocks=single, axes_dim=[16, 56, 56], theta=10000, patch_size=2,
         qkv_bias=True, guidance_embed=True, txt_ids_dims=[], dtype=torch.float32, device="meta", operations=OPS)), dtype, seed)
+
+
+def flux_controlnet(seed, dtype=torch.bfloat16):
+    """In XLabs' format: Flux's own keys, with the norms' scales under their old name."""
+    state_dict = randomize(meta(lambda: comfy.ldm.flux.controlnet.ControlNetFlux(
+        in_channels=16, out_channels=16, vec_in_dim=768, context_in_dim=768, hidden_size=128, mlp_ratio=4.0, num_heads=1,
+        depth=2, depth_single_blocks=0, axes_dim=[16, 56, 56], theta=10000, patch_size=2, qkv_bias=True, guidance_embed=True,
+        txt_ids_dims=[], dtype=torch.float32, device="meta", operations=OPS)), dtype, seed)
+    return {key.replace("_norm.weight", "_norm.scale"): value for key, value in state_dict.items()}
 
 
 def big_flux(seed, dtype=torch.bfloat16):
@@ -150,17 +160,20 @@ MODELS = {
     "text_encoders/clip_l_fp8": lambda: clip_l_fp8(6),
     "checkpoints/sd3": lambda: checkpoint(7),
     "checkpoints/sd3_fp32": lambda: checkpoint(7, torch.float32),
+    "controlnet/flux": lambda: flux_controlnet(10),
+    "diffusion_models/flux_torch.pt": lambda: flux(2, torch.float32),
     "loras/flux_one": lambda: lora(8, flux(2)),
     "loras/flux_two": lambda: lora(9, flux(2)),
     "loras/middle": lambda: lora(8, flux(2, hidden=512, depth=2, single=4)),
 }
 
 for name in names:
-    path = Path(out) / f"{name}.safetensors"
+    path = Path(out) / (name if name.endswith(".pt") else f"{name}.safetensors")
     if path.exists():
         continue
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    safetensors.torch.save_file(MODELS[name](), partial)
+    save = torch.save if path.suffix == ".pt" else safetensors.torch.save_file
+    save(MODELS[name](), partial)
     partial.rename(path)
     print(f"{path.name}: {path.stat().st_size / 2**20:.1f} MB", flush=True)

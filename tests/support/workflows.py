@@ -28,6 +28,26 @@ def from_checkpoint(name: str, *, seed: int = 1, steps: int = 2, size: int = 64,
     return _sample(flow, ["checkpoint", 0], ["checkpoint", 1], seed, steps, size, (), ["checkpoint", 2], prefix, {})
 
 
+def torch_file(model: str) -> Workflow:
+    """The same from a `.pt` file."""
+    flow = text_to_latent(model)
+    flow["model"]["inputs"]["unet_name"] = f"{model}.pt"
+    return flow
+
+
+def with_controlnet(model: str, control: str, *, prefix: str = "out") -> Workflow:
+    """A ControlNet steers the sampling with a plain image."""
+    flow = text_to_latent(model, prefix=prefix)
+    flow |= {
+        "control": node("ControlNetLoader", control_net_name=f"{control}.safetensors"),
+        "hint": node("EmptyImage", width=64, height=64, batch_size=1, color=0x4080C0),
+        "controlled": node("ControlNetApplyAdvanced", positive=["positive", 0], negative=["negative", 0],
+                           control_net=["control", 0], image=["hint", 0], strength=1.0, start_percent=0.0, end_percent=1.0),
+    }
+    flow["sample"]["inputs"] |= {"positive": ["controlled", 0], "negative": ["controlled", 1]}
+    return flow
+
+
 def two_encoders(model: str, clips: tuple[str, str], *, seed: int = 1, prefix: str = "out") -> Workflow:
     """A diffusion model with two text encoders in one loader."""
     flow = {
