@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from conftest import COMFYUI, TREES
 from support.fixtures import build_simulated_npu, make_models, no_simulated_npu
-from support.server import Server
+from support.server import TESTING_NODES, Server
 from support.workflows import Workflow
 
 MODELS = (
@@ -64,14 +65,30 @@ def troubles(server: Server) -> list[dict[str, Any]]:
     return [event for event in server.events() if event["event"] in names]
 
 
-@pytest.fixture(scope="module", params=["cpu", "npu"])
-def pair(request: pytest.FixtureRequest, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    """Both servers on the CPU, then both on a simulated accelerator that is too small for two models."""
-    device_mb = None
-    if request.param == "npu":
-        request.getfixturevalue("simulated_npu")
-        device_mb = SMALL_DEVICE_MB
-    with (Server(COMFYUI, tmp_path_factory.mktemp("alone"), models, plugin=False, device_mb=device_mb) as alone,
-          Server(COMFYUI, tmp_path_factory.mktemp("plugin"), models, device_mb=device_mb) as plugin):
+@contextmanager
+def started(models: Path, factory: pytest.TempPathFactory, device_mb: int | None) -> Iterator[Pair]:
+    options = {"device_mb": device_mb, "packs": [TESTING_NODES]}
+    with (Server(COMFYUI, factory.mktemp("alone"), models, plugin=False, **options) as alone,
+          Server(COMFYUI, factory.mktemp("plugin"), models, **options) as plugin):
         yield Pair(alone, plugin)
         assert troubles(plugin) == []
+
+
+@pytest.fixture(scope="session")
+def cpu_pair(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    with started(models, tmp_path_factory, None) as pair:
+        yield pair
+
+
+@pytest.fixture(scope="session")
+def npu_pair(models: Path, simulated_npu: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """On a simulated accelerator that is too small for two models."""
+    with started(models, tmp_path_factory, SMALL_DEVICE_MB) as pair:
+        yield pair
+
+
+@pytest.fixture(params=["cpu", "npu"])
+def pair(request: pytest.FixtureRequest) -> Pair:
+    """Both servers on the CPU, then both on the simulated accelerator."""
+    pair: Pair = request.getfixturevalue(f"{request.param}_pair")
+    return pair

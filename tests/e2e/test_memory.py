@@ -7,19 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import COMFYUI
-from e2e.conftest import SMALL_DEVICE_MB, Pair, troubles
+from e2e.conftest import Pair, troubles
 from support import workflows
-from support.server import MB, TESTING_NODES, Server
+from support.server import MB, Server
 
 
-@pytest.fixture(scope="module")
-def swapping(simulated_npu: None, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+@pytest.fixture
+def swapping(npu_pair: Pair) -> Pair:
     """Both servers on a simulated accelerator that holds one of two models."""
-    folders = [tmp_path_factory.mktemp(name) for name in ("alone", "plugin")]
-    with (Server(COMFYUI, folders[0], models, plugin=False, device_mb=SMALL_DEVICE_MB, packs=[TESTING_NODES]) as alone,
-          Server(COMFYUI, folders[1], models, device_mb=SMALL_DEVICE_MB, packs=[TESTING_NODES]) as plugin):
-        yield Pair(alone, plugin)
-        assert troubles(plugin) == []
+    return npu_pair
 
 
 def test_swapping_models_copies_nothing_from_the_device(swapping: Pair) -> None:
@@ -147,9 +143,10 @@ def test_the_next_load_of_a_file_reads_and_maps_nothing(cpu: Pair) -> None:
     other = workflows.text_to_latent("sd3", clip_type="sd3")
     server.run(other)  # another workflow: ComfyUI drops the first one's models
     server.run(other | {"sample": {**other["sample"], "inputs": {**other["sample"]["inputs"], "seed": 9}}})
-    before = server.storage_bytes(), len(server.maps("middle_fp32"))
+    read, mapped = server.storage_bytes(), server.maps("middle_fp32")
     server.run(workflows.text_to_latent("middle_fp32", seed=4))
 
     reads = [event["source"] for event in server.events("weights.read") if event["file"] == "middle_fp32.safetensors"]
     assert reads[-1] == "bank"
-    assert (server.storage_bytes(), len(server.maps("middle_fp32"))) == before
+    assert server.maps("middle_fp32") == mapped
+    assert server.storage_bytes() - read < 1 * MB  # of 141; the process may read a page of something else
