@@ -34,4 +34,6 @@ def ratio(numbers: Sequence[float], others: Sequence[float]) -> tuple[float, flo
 
 
 def _text(cell: object) -> str:
-    return f"{cell:.3g}" if isinstance(cell, float) and cell < 10 else f"{cell:.0f}" if isinstance(cell, float) else str(cell)
+    if not isinstance(cell, float):
+        return str(cell)
+    return f"{cell:.0f}" if cell >= 10 else f"{cell:.2f}" if cell >= 0.1 else f"{cell:.2g}"
