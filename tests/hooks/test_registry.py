@@ -17,6 +17,7 @@ from residency.hooks.seam import Seam, Site
 from residency.policies.files.bank import Bank
 from residency.policies.requests import Request
 from residency.telemetry.sinks import Ring
+from support.answers import Policies
 
 
 class Asked(Request):
@@ -40,17 +41,6 @@ FAKE = (
 
 def let_host(request: Request, host: Callable[[Request], Any]) -> Any:
     return host(request)
-
-
-class Policies:
-    """Lets the host answer, and remembers what was asked."""
-
-    def __init__(self) -> None:
-        self.asked: list[Request] = []
-
-    def __call__(self, request: Request, host: Callable[[Request], Any]) -> Any:
-        self.asked.append(request)
-        return host(request)
 
 
 @dataclass

@@ -15,6 +15,7 @@ from residency.hooks import HookRegistry, all_hooks, exercise
 from residency.policies.files.bank import Bank
 from residency.policies.requests import PinMemory, Request
 from residency.telemetry.sinks import Ring
+from support.answers import Policies
 
 EXERCISED = {
     "comfy.utils.load_torch_file",
@@ -51,17 +52,6 @@ class Listener:
     chain = None
 
     def prompt_starts(self) -> None: ...
-
-
-class Policies:
-    """Lets the host answer, and remembers what was asked."""
-
-    def __init__(self) -> None:
-        self.asked: list[Request] = []
-
-    def __call__(self, request: Request, host: Callable[[Request], Any]) -> Any:
-        self.asked.append(request)
-        return host(request)
 
 
 HOOKS = all_hooks(Bank(), Listener())
