@@ -58,11 +58,12 @@ class Copies:
                     put(leaf, name, home.tensor)
 
     def pin(self, request: PinWeight) -> Decision | None:
+        if not self._memory.can_pin():  # asked for every weight that leaves, so the cheap question comes first
+            return None
         leaf_name, _, name = request.name.rpartition(".")
         leaf = request.weights.module.get_submodule(leaf_name)
         parameter = leaf._parameters.get(name)
-        if (parameter is None or not is_plain(parameter) or self._bank.file_of(parameter) is None
-                or not self._memory.can_pin()):
+        if parameter is None or not is_plain(parameter) or self._bank.file_of(parameter) is None:
             return None
         booked = self._pinned_bytes() - self._pinned.get(leaf, {}).get(name, 0)
         if booked + parameter.nbytes > self._ledger.room(OWNER, Residency.PINNED):

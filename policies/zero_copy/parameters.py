@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain, pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -53,15 +54,17 @@ def fingerprints(tensors: Sequence[torch.Tensor]) -> list[int | None]:
     found: list[int | None] = [None] * len(tensors)
     try:
         for device in {tensor.device for tensor in tensors}:
-            batch: dict[int, torch.Tensor] = {}
+            batch: dict[int, list[torch.Tensor]] = {}
+            words = 0
             for index, tensor in enumerate(tensors):
                 sums = _sums(tensor) if tensor.device == device else []
                 if sums:
-                    batch[index] = torch.cat(sums)
-                if batch and (index == len(tensors) - 1 or sum(map(len, batch.values())) > _BATCH):
+                    batch[index] = sums
+                    words += sum(map(len, sums))
+                if batch and (index == len(tensors) - 1 or words > _BATCH):
                     for done, mark in zip(batch, _mixed(list(batch.values())), strict=True):
                         found[done] = mark
-                    batch = {}
+                    batch, words = {}, 0
     except (RuntimeError, TypeError):  # no such kernel on this backend, or no memory for it: then it is a copy
         return [None] * len(tensors)
     return found
@@ -86,16 +89,21 @@ def _sums(tensor: torch.Tensor) -> list[torch.Tensor]:
     return sums
 
 
-def _mixed(sums: list[torch.Tensor]) -> list[int]:
-    """Stirs each word with its place, and adds up each vector. Twice multiplied and folded, as in the finalizer of SplitMix64
-    (Steele, Lea and Flood, 2014): after one round a flipped top bit still moves just two bits, which can cancel."""
-    odd = torch.arange(1, 2 * max(map(len, sums)) + 1, 2, device=sums[0].device) * _ODD
-    words = torch.cat(sums).mul_(torch.cat([odd[:len(vector)] for vector in sums]))
+def _mixed(sums: list[list[torch.Tensor]]) -> list[int]:
+    """Stirs each word with its place in its tensor, and adds up each tensor's. Twice multiplied and folded, as in the finalizer
+    of SplitMix64 (Steele, Lea and Flood, 2014): after one round a flipped top bit still moves just two bits, which can
+    cancel."""
+    sizes = [sum(map(len, pieces)) for pieces in sums]
+    words = torch.cat(list(chain.from_iterable(sums)))
+    odd = torch.arange(1, 2 * max(sizes) + 1, 2, device=words.device).mul_(_ODD)
+    words *= torch.cat([odd[:size] for size in sizes])
     words ^= (words >> 32).bitwise_and_(0xFFFFFFFF)  # the shift keeps the sign, so the mask
     words *= _ODD
     words ^= (words >> 29).bitwise_and_(0x7FFFFFFFF)
-    marks: list[int] = torch.stack([piece.sum() for piece in torch.split(words, [len(vector) for vector in sums])]).tolist()
-    return marks
+    # One running sum, read where each tensor ends: few kernels, however many tensors.
+    ends = torch.tensor(list(accumulate(sizes)), device=words.device) - 1
+    totals = words.cumsum(0).index_select(0, ends).tolist()
+    return [(total - before) % 2**64 for before, total in pairwise([0, *totals])]
 
 
 def put(leaf: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:

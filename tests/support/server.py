@@ -167,13 +167,13 @@ class Server:
         while not self._stats_file.exists() and time.monotonic() < end:
             time.sleep(0.01)
         stats = json.loads(self._stats_file.read_text())
-        return {"used": sum(stats["used"]), "to_device": stats["h2d_bytes"], "to_host": stats["d2h_bytes"]}
+        return {"held": sum(stats["held"]), "to_device": stats["h2d_bytes"], "to_host": stats["d2h_bytes"]}
 
     def private_bytes(self) -> int:
         """Private RAM, without the memory that plays the accelerator's."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         private = int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1]) * 1024
-        return private - (self.device()["used"] if self.simulated else 0)
+        return private - (self.device()["held"] if self.simulated else 0)
 
     def processor_seconds(self) -> float:
         """What the process has used of the processors so far: what others do on the machine does not count."""
