@@ -17,6 +17,11 @@ from residency import telemetry
 from residency.telemetry.sinks import Ring
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs no server goes first: a mistake shows early, and no server idles beside it."""
+    items.sort(key=lambda item: "e2e" in item.path.parts)
+
+
 @pytest.fixture
 def ring() -> Iterator[Ring]:
     """What telemetry was told during the test."""

@@ -115,7 +115,8 @@ class ZeroCopy(Policy):
 
     def emptied(self) -> None:
         self._bank.empty()
-        gc.collect()  # models die in cycles; the host collects right after us, too late for the check below
+        if self._bank.live():
+            gc.collect()  # models die in cycles; the host collects right after us, too late for the check below
         self._sweep()
 
     def close(self) -> None:

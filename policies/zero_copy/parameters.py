@@ -17,7 +17,7 @@ import torch
 
 from ..files.bank import Bank, MappedFile
 
-_BATCH = 2**19  # words that are mixed at once: 4 MB, and a few times that in temporary memory
+_BATCH = 2**17  # words that are mixed at once: 1 MB, and a few times that in temporary memory
 _ODD = -7046029254386353131  # 2**64 divided by the golden ratio, as a signed word: spreads low bits over the high ones
 
 

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import safetensors.torch
 import torch
 
@@ -174,11 +173,6 @@ class Server:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         private = int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1]) * 1024
         return private - (self.device()["held"] if self.simulated else 0)
-
-    def processor_seconds(self) -> float:
-        """What the process has used of the processors so far: what others do on the machine does not count."""
-        times = psutil.Process(self.process.pid).cpu_times()
-        return float(times.user + times.system)
 
     def storage_bytes(self) -> int:
         """Bytes read from storage so far."""
