@@ -14,7 +14,7 @@ class Plugin:
         from . import hooks, policies, settings, telemetry
         from .policies.chain import PolicyChain
         from .telemetry import sinks
-        self._policies, self._telemetry, self._sinks = policies, telemetry, sinks
+        self._policies, self._telemetry, self._sinks, self._loader_nodes = policies, telemetry, sinks, hooks.loader_nodes
         self.host = hooks.host.connect()
         self.folder = hooks.host.user_folder()
         files = Path(__file__).parent / "settings.toml", self.folder / "settings.toml"
@@ -46,6 +46,7 @@ class Plugin:
         self.chain.switch(())
 
     def prompt_starts(self) -> None:
+        self.registry.add(self._loader_nodes.found(), self.chain.wanted())
         self.registry.check_reach()
         if self.settings.changed():
             self.apply()

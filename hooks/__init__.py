@@ -2,11 +2,11 @@
 from __future__ import annotations
 
 from ..policies.files.bank import Bank
-from . import building, host, placement, prompts, reading, release
+from . import building, host, loader_nodes, placement, prompts, reading, release
 from .registry import Hook, HookRegistry
 from .selftest import exercise
 
-__all__ = ["HookRegistry", "all_hooks", "exercise", "host"]
+__all__ = ["HookRegistry", "all_hooks", "exercise", "host", "loader_nodes"]
 
 
 def all_hooks(bank: Bank, listener: prompts.Listener) -> tuple[Hook, ...]:

@@ -12,8 +12,9 @@ import comfy.ops
 import torch
 
 from ..policies.requests import BuildModel, FillModule
-from ..telemetry import emit
+from ..telemetry import emit, log
 from .call import HostCall
+from .gguf_weights import is_gguf
 from .registry import Hook
 from .seam import Seam
 
@@ -27,6 +28,31 @@ def _built(call: HostCall, request: BuildModel, answer: Any, seconds: float) -> 
 
 def _building(module: str, path: str, needs: str, kind: str) -> Hook:
     return Hook(Seam(module, path, (needs,)), BuildModel, lambda call: BuildModel(kind), report=_built)
+
+
+def _building_of_layers(module: str, path: str, needs: str, kind: str) -> Hook:
+    """A loader that can be told what layers to build the model of."""
+
+    def translate(call: HostCall) -> BuildModel:
+        state_dicts = call[needs] if isinstance(call[needs], (list, tuple)) else [call[needs]]
+        gguf = any(is_gguf(value) for state_dict in state_dicts
+                   for value in state_dict.values())
+        return BuildModel(kind, call["model_options"], gguf)
+
+    return Hook(Seam(module, path, (needs, "model_options")), BuildModel, translate, _of_gguf_layers, report=_built)
+
+
+def _of_gguf_layers(request: BuildModel) -> dict[str, Any]:
+    if not request.bind_gguf:
+        return {}
+    from .gguf_weights.ops import Ops
+
+    options = dict(request.options)
+    dtype = options.pop("dtype", None)
+    if dtype is not None:
+        log.warning("[residency] weight_dtype %s is not applied: the weights of a GGUF file stay as they are in the file, and "
+                    "are computed with in the dtype that ComfyUI chooses for the model", dtype)
+    return {"model_options": options | {"custom_operations": Ops}}
 
 
 def _castable(module: torch.nn.Module) -> bool:
@@ -46,9 +72,9 @@ def _amend(request: FillModule) -> dict[str, Any]:
 
 
 HOOKS = (
-    _building("comfy.sd", "load_diffusion_model_state_dict", "sd", "diffusion model"),
+    _building_of_layers("comfy.sd", "load_diffusion_model_state_dict", "sd", "diffusion model"),
     _building("comfy.sd", "load_state_dict_guess_config", "sd", "checkpoint"),
-    _building("comfy.sd", "load_text_encoder_state_dicts", "state_dicts", "text encoder"),
+    _building_of_layers("comfy.sd", "load_text_encoder_state_dicts", "state_dicts", "text encoder"),
     _building("comfy.sd", "VAE.__init__", "sd", "VAE"),
     _building("comfy.controlnet", "load_controlnet_state_dict", "state_dict", "ControlNet"),
     _building("comfy.clip_vision", "load_clipvision_from_sd", "sd", "CLIP vision"),

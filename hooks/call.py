@@ -35,6 +35,10 @@ class HostCall:
         """
         return self._bound.arguments[name]
 
+    def arguments(self) -> Mapping[str, Any]:
+        """All arguments, with defaults, by name."""
+        return dict(self._bound.arguments)
+
     def __call__(self, **changes: Any) -> Any:
         """Lets the host answer, with some arguments changed by name. Without changes it gets exactly what it was given.
 

@@ -14,6 +14,9 @@ import torch
 
 from ..policies.host import Host
 from ..telemetry import emit
+from .gguf_weights.reader import LazyReader
+
+_GGUF_FOLDERS = ("diffusion_models", "text_encoders")
 
 
 class Reading:
@@ -34,6 +37,38 @@ class Reading:
             yield
         finally:
             comfy.utils.MMAP_TORCH_FILES = before
+
+
+class Formats:
+    """Implements `policies.host.Formats`."""
+
+    def __init__(self) -> None:
+        self._reader = LazyReader()
+        self._offers = 0  # when settings change the new policy starts before the old one is closed
+
+    def no_gguf(self) -> str | None:
+        try:
+            from .gguf_weights import layout, ops  # noqa: F401  the host's own package for quantised tensors may be missing
+        except ImportError as error:
+            return f"this ComfyUI has no quantised tensors ({error})"
+        return None
+
+    def gguf(self, blocks: torch.Tensor, kind: int, shape: tuple[int, ...], heads: int | None = None) -> torch.Tensor:
+        from .gguf_weights.layout import wrap
+
+        return wrap(blocks, kind, shape, heads)
+
+    def offer_gguf(self, offered: bool) -> None:
+        self._offers = max(0, self._offers + (1 if offered else -1))
+        offered = self._offers > 0
+        self._reader.turn(offered)
+        folders = folder_paths.folder_names_and_paths
+        for kind in _GGUF_FOLDERS:
+            if kind in folders:
+                paths, extensions = folders[kind]
+                # Most folders share one set of extensions, so it is replaced and not changed.
+                folders[kind] = (paths, (set(extensions) | {".gguf"}) if offered else (set(extensions) - {".gguf"}))
+                folder_paths.filename_list_cache.pop(kind, None)
 
 
 class Memory:
@@ -66,7 +101,7 @@ class Lifecycle:
 
 def connect() -> Host:
     """The host that we are running in."""
-    return Host(Reading(), Memory(), Lifecycle())
+    return Host(Reading(), Formats(), Memory(), Lifecycle())
 
 
 def user_folder() -> Path:

@@ -6,17 +6,19 @@ weights (dynamic patchers override it and do not come here). `lowvram_model_memo
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import comfy.model_management
 import torch
 
 from ..policies.files.bank import Bank
 from ..policies.memory import Residency
-from ..policies.requests import MoveWeights, PinMemory, PinWeight, PlaceModel, PlaceModels, WriteInPlace
+from ..policies.requests import MoveWeights, PatchWeight, PinMemory, PinWeight, PlaceModel, PlaceModels, WriteInPlace
 from ..telemetry import emit
 from .call import HostCall
+from .gguf_weights import keeps_file_format
 from .registry import Hook
 from .seam import Seam
 from .weights import PatcherWeights
@@ -79,17 +81,38 @@ def hooks(bank: Bank, stopwatch: Stopwatch) -> tuple[Hook, ...]:
         Hook(Seam("comfy.model_management", "load_models_gpu", ("models",)), PlaceModels,
              lambda call: PlaceModels(len(call["models"])), report=stopwatch.add),
         Hook(Seam("comfy.model_management", "LoadedModel.model_load", ("lowvram_model_memory",)), PlaceModel, place,
-             lambda request: {"lowvram_model_memory": request.budget_bytes or 0}, placed),
+             lambda request: {"lowvram_model_memory": request.budget_bytes or 0}, report=placed),
         Hook(Seam("comfy.model_patcher", "ModelPatcher.load", ("device_to",)), MoveWeights,
              lambda call: MoveWeights(PatcherWeights(call.instance), call["device_to"])),
         Hook(Seam("comfy.model_patcher", "ModelPatcher.pin_weight_to_device", ("key",)), PinWeight,
              lambda call: PinWeight(PatcherWeights(call.instance), call["key"])),
         Hook(Seam("comfy.model_management", "pin_memory", ("tensor",)), PinMemory,
              lambda call: PinMemory(call["tensor"]) if comfy.model_management.MAX_PINNED_MEMORY > 0 else None),
-        Hook(Seam("comfy.utils", "copy_to_param", ("obj", "attr")), WriteInPlace, _write),
+        Hook(Seam("comfy.utils", "copy_to_param", ("obj", "attr", "value")), WriteInPlace, _write),
+        Hook(Seam("comfy.model_patcher", "ModelPatcher.patch_weight_to_device", ("key", "return_weight")), PatchWeight, _patch),
     )
 
 
 def _write(call: HostCall) -> WriteInPlace:
     owner, _, name = call["attr"].rpartition(".")
-    return WriteInPlace(call["obj"].get_submodule(owner), name)
+    module = call["obj"].get_submodule(owner)
+    beside = partial(module.write, call["value"]) if name == "weight" and keeps_file_format(module) else None
+    return WriteInPlace(module, name, beside)
+
+
+def _patch(call: HostCall) -> PatchWeight | None:
+    patcher, key = call.instance, call["key"]
+    if key not in patcher.patches or call["return_weight"]:
+        return None
+    owner, _, name = key.rpartition(".")
+    module = patcher.model.get_submodule(owner)
+    if name != "weight" or not keeps_file_format(module):
+        return None
+
+    def at_use() -> None:
+        from .gguf_weights.ops import AtUse
+
+        model, applied = ref(patcher.model), patcher.patches_uuid
+        module.patch = AtUse(key, patcher.patches, lambda: getattr(model(), "current_weight_patches_uuid", None) == applied)
+
+    return PatchWeight(at_use)

@@ -34,6 +34,7 @@ class Hook:
         asks: the kind of request.
         translate: the request for a call; None where there is nothing to ask.
         amend: the host's arguments that a changed request stands for.
+        instead: another function of the host's, which answers a changed request.
         report: tells telemetry, after the host answered: (call, request, answer, seconds). A hook that reports is always
             installed; one that does not, only while a policy answers its requests.
     """
@@ -42,6 +43,7 @@ class Hook:
     asks: type[Request]
     translate: Callable[[HostCall], Request | None]
     amend: Callable[[Any], dict[str, Any]] | None = None
+    instead: Callable[[Any], Any] | None = None
     report: Callable[[HostCall, Any, Any, float], None] | None = None
 
     @property
@@ -84,6 +86,13 @@ class HookRegistry:
                 self._install(entry)
             elif not needed and entry.wrapper is not None:
                 self._remove(entry)
+
+    def add(self, hooks: Iterable[Hook], wanted: Collection[type[Request]]) -> None:
+        """Takes in hooks whose seams came into being later, and installs those that are needed."""
+        new = [hook for hook in hooks if hook.name not in self.entries]
+        if new:
+            self.entries.update({hook.name: Entry(hook) for hook in new})
+            self.sync(wanted)
 
     def remove_all(self) -> None:
         """Leaves nothing behind, where nobody wrapped on top of us."""
@@ -176,7 +185,7 @@ class HookRegistry:
             if request is None:
                 return call()
             started = time.perf_counter()
-            answer = self._answer(request, lambda asked: call(**self._changes(entry, request, asked)))
+            answer = self._answer(request, lambda asked: self._host(entry, call, request, asked))
             if hook.report is not None:
                 try:
                     hook.report(call, request, answer, time.perf_counter() - started)
@@ -185,6 +194,11 @@ class HookRegistry:
             return answer
 
         return wrapper
+
+    def _host(self, entry: Entry, call: HostCall, request: Request, asked: Request) -> Any:
+        if asked is not request and entry.hook.instead is not None:
+            return entry.hook.instead(asked)
+        return call(**self._changes(entry, request, asked))
 
     def _changes(self, entry: Entry, request: Request, asked: Request) -> dict[str, Any]:
         """The arguments that a policy changed, by the host's names."""

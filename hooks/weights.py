@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from .gguf_weights import keeps_file_format
+
 
 class PatcherWeights:
     """Implements `policies.requests.Weights` over any `ModelPatcher`."""
@@ -31,6 +33,12 @@ class PatcherWeights:
     def patched(self) -> set[str]:
         hooked = (name for patches in self._patcher.hook_patches.values() for name in patches)
         return {*self._patcher.patches, *hooked}
+
+    def end_patches(self) -> None:
+        module: Any
+        for module in self.module.modules():
+            if keeps_file_format(module):
+                setattr(module, "patch", None)  # noqa: B010  torch types every attribute of a module as a tensor or a module
 
     def size(self) -> int:
         """Bytes of all weights."""

@@ -5,6 +5,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
 
 class Reading(Protocol):
     """How the host reads weight files."""
@@ -17,6 +19,26 @@ class Reading(Protocol):
 
     def torch_files_mapped(self) -> AbstractContextManager[None]:
         """While inside, the host maps `.ckpt` and `.pt` files, as with `--mmap-torch-files`."""
+
+
+class Formats(Protocol):
+    """Weight formats that the host can be taught."""
+
+    def no_gguf(self) -> str | None:
+        """Why this host cannot hold GGUF weights; None where it can."""
+
+    def gguf(self, blocks: torch.Tensor, kind: int, shape: tuple[int, ...], heads: int | None = None) -> torch.Tensor:
+        """The weights of this shape that block bytes of a ggml type stand for, as one of the host's quantised tensors.
+
+        Args:
+            heads: of attention, where llama.cpp interleaved the rows of each; the weights have them in order.
+        """
+
+    def offer_gguf(self, offered: bool) -> None:
+        """Whether `.gguf` files are listed where the host's stock nodes choose a model, and read lazily by packs' own nodes.
+
+        Each offer ends with a call of its own that takes it back.
+        """
 
 
 class Memory(Protocol):
@@ -41,5 +63,6 @@ class Host:
     """The capabilities together."""
 
     reading: Reading
+    formats: Formats
     memory: Memory
     lifecycle: Lifecycle

@@ -5,7 +5,7 @@ Policies see the host's objects only through the protocols below; tensors and mo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -38,6 +38,9 @@ class Weights(Protocol):
     def patched(self) -> set[str]:
         """Names that a LoRA, a merge or a hook will change."""
 
+    def end_patches(self) -> None:
+        """Layers that patch their weights at each use stop doing so."""
+
 
 @dataclass(frozen=True)
 class ReadWeights(Request):
@@ -49,10 +52,33 @@ class ReadWeights(Request):
 
 
 @dataclass(frozen=True)
+class OpenModel(Request):
+    """A pack's node is about to open a GGUF model in its own way.
+
+    Attributes:
+        options: what the user chose on the node, besides the file.
+        stock: whether to open it as the host's own node would.
+    """
+
+    path: str
+    options: Mapping[str, Any]
+    stock: bool = False
+
+
+@dataclass(frozen=True)
 class BuildModel(Request):
-    """A state dict is about to become one or several models. The answer is the host's own objects."""
+    """A state dict is about to become one or several models. The answer is the host's own objects.
+
+    Attributes:
+        options: the host's options for the model, opaque here.
+        gguf: whether GGUF weights are among the tensors.
+        bind_gguf: whether to build the model of layers that compute with them.
+    """
 
     kind: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    gguf: bool = False
+    bind_gguf: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,10 +144,26 @@ class MoveModule(Request):
 
 @dataclass(frozen=True)
 class WriteInPlace(Request):
-    """The host is about to overwrite a parameter's memory (hooks, in-place patches)."""
+    """The host is about to overwrite a parameter's memory (hooks, in-place patches).
+
+    Attributes:
+        beside: keeps the new value beside a parameter that cannot take it (GGUF blocks); None for all others.
+    """
 
     module: torch.nn.Module
     name: str
+    beside: Callable[[], None] | None = None
+
+
+@dataclass(frozen=True)
+class PatchWeight(Request):
+    """The host is about to replace a GGUF weight by a patched, dense one.
+
+    Attributes:
+        at_use: patches the dense weight at each use instead.
+    """
+
+    at_use: Callable[[], None]
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ NAMES = frozenset({
     "policy.ineffective",   # policy, reason, predicted_bytes, observed_bytes
     "weights.read",         # file, bytes, seconds, source: bank | file
     "weights.read_ahead",   # file, bytes, seconds
+    "gguf.read",            # file, architecture, types_bytes by type
     "weights.mapped",       # file, bytes, copied_bytes, seconds
     "weights.restored",     # model, bytes, copied_bytes, seconds
     "weights.released",     # file, bytes, unmapped: true | false | null where the system cannot tell

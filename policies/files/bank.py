@@ -21,7 +21,8 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ...telemetry import emit
-from . import pages
+from . import gguf_header, pages
+from .gguf_file import GGUFFile
 from .identity import Identity
 
 KEEPS_IDLE = os.name != "nt"
@@ -69,12 +70,13 @@ class MappedFile:
 
 @dataclass(frozen=True)
 class Lease:
-    """The tensors of one load. `fresh` is false where the mapping was there already."""
+    """The tensors of one load. `fresh` is false where the mapping was there already; `gguf` is there for such a file."""
 
     tensors: dict[str, torch.Tensor]
     metadata: Mapping[str, str] | None
     file: MappedFile
     fresh: bool
+    gguf: GGUFFile | None
 
 
 class Bank:
@@ -85,19 +87,19 @@ class Bank:
         self._files: list[MappedFile] = []
 
     def lease(self, path: str) -> Lease:
-        """Maps a safetensors file, or finds it mapped, unchanged and unwritten.
+        """Maps a safetensors or GGUF file, or finds it mapped, unchanged and unwritten.
 
         Tensors are created in the caller's inference mode, and share memory with the file.
 
         Raises:
             OSError: the file cannot be read.
-            safetensors.SafetensorError: its header is not one.
+            safetensors.SafetensorError, gguf_header.GGUFError: its header is not one.
         """
         identity = Identity.of(path)
         with self._lock:
             file = self._idle(path, identity)
             fresh = file is None
-            handle = file.handle if file else safetensors.safe_open(path, framework="pt", device="cpu")
+            handle = file.handle if file else _open(path)
             # Handles of safetensors are context managers that hand out themselves.
             try:
                 tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118  it is no dict
@@ -107,7 +109,7 @@ class Bank:
                 file = MappedFile(path, identity, *_span(tensors.values()), handle)
                 self._files.append(file)
             file.lend(tensors.values())
-            return Lease(tensors, handle.metadata(), file, fresh)
+            return Lease(tensors, handle.metadata(), file, fresh, handle if isinstance(handle, GGUFFile) else None)
 
     def adopt(self, path: str, tensors: Iterable[torch.Tensor]) -> MappedFile | None:
         """Takes note of tensors that somebody else mapped from a file (torch's own mmap). None if they are private after all.
@@ -163,6 +165,7 @@ class Bank:
 
     def empty(self) -> None:
         """Lets go of everything; what models still use stays mapped until they are gone."""
+        gguf_header.forget()
         with self._lock:
             for file in self._files:
                 file.handle = None
@@ -176,6 +179,12 @@ class Bank:
                 return file
             file.handle = None  # changed on disk, written to, or the system does not tell: never served again
         return None
+
+
+def _open(path: str) -> Any:
+    if path.lower().endswith(".gguf"):
+        return GGUFFile(path)
+    return safetensors.safe_open(path, framework="pt", device="cpu")
 
 
 def _span(tensors: Iterable[torch.Tensor]) -> tuple[int, int]:

@@ -17,7 +17,7 @@ import time
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -38,6 +38,8 @@ from ..requests import (
     MoveWeights,
     OffloadPart,
     OffloadWeights,
+    OpenModel,
+    PatchWeight,
     PinMemory,
     PinWeight,
     PlaceModel,
@@ -46,6 +48,7 @@ from ..requests import (
     RunPrompt,
     WriteInPlace,
 )
+from . import gguf
 from .building import Builder
 from .copies import Copies
 from .offload import Offloader
@@ -82,8 +85,10 @@ class ZeroCopy(Policy):
         self._copies = Copies(homes, tools)
         self._offloader = Offloader(homes, self._copies, tools.bank, self._builder.widen)
         self._told: WeakSet[MappedFile] = WeakSet()
+        self._reads_gguf = False
         self._rules = {
             ReadWeights: self._read,
+            OpenModel: self._open,
             BuildModel: self._builder.build,
             FillModule: self._builder.fill,
             PlaceModel: self._place,
@@ -92,6 +97,7 @@ class ZeroCopy(Policy):
             OffloadPart: self._offloader.offload_part,
             MoveModule: self._offloader.move_module,
             WriteInPlace: self._copies.write,
+            PatchWeight: _patch_at_use,
             PinWeight: self._copies.pin,
             PinMemory: self._copies.pin_memory,
             RunPrompt: self._run_prompt,
@@ -104,6 +110,12 @@ class ZeroCopy(Policy):
             raise Unfit("ComfyUI's dynamic VRAM maps the files itself, there is nothing to save")
         if reading.mmap_disabled():
             raise Unfit("ComfyUI was started with --disable-mmap")
+        reason = gguf.unavailable(self._tools.host.formats)
+        if reason is None:
+            self._tools.host.formats.offer_gguf(True)
+            self._reads_gguf = True
+        else:
+            emit("policy.declined", policy=f"{NAME}, GGUF files", reason=reason)
 
     def decide(self, request: Request) -> Decision | None:
         rule: Any = self._rules.get(type(request))
@@ -120,6 +132,9 @@ class ZeroCopy(Policy):
         self._sweep()
 
     def close(self) -> None:
+        if self._reads_gguf:
+            self._reads_gguf = False
+            self._tools.host.formats.offer_gguf(False)
         self._bank.empty()
 
     def _sweep(self) -> None:
@@ -136,14 +151,35 @@ class ZeroCopy(Policy):
             if not pages.may_map(request.path):
                 return None
             return Decision(f"{request.path}: the mapping is the copy", partial(self._lease, request))
+        if request.path.lower().endswith(".gguf"):
+            if not self._reads_gguf:
+                return None
+            return Decision(f"{request.path}: blocks stay in the mapping", partial(self._lease, request))
         if zipfile.is_zipfile(request.path):
             return Decision(f"{request.path}: torch can map this file", partial(self._map_torch_file, request))
         return None
+
+    def _open(self, request: OpenModel) -> Decision | None:
+        if not self._reads_gguf:
+            return None
+
+        def act(proceed: Proceed) -> Any:
+            for name, value in request.options.items():
+                log.warning("[residency] %s = %s is superseded: blocks become dense in the dtype that the layer computes in, "
+                            "and a LoRA is added where the weight is used", name, value)
+            return proceed(replace(request, stock=True))
+
+        return Decision(f"{request.path}: opened as the stock loader opens it", act)
 
     def _lease(self, request: ReadWeights, proceed: Proceed) -> Any:
         started = time.perf_counter()
         try:
             lease = self._bank.lease(request.path)
+            is_gguf = lease.gguf is not None
+            tensors = gguf.weights(lease, self._tools.host.formats, self._bank.lease) if is_gguf else lease.tensors
+        except gguf.GGUFError as error:
+            emit("file.unreadable", file=request.path, reason=str(error))
+            raise Refusal(str(error)) from None  # the host cannot read it either, and would say something else
         except (OSError, safetensors.SafetensorError) as error:
             # The host meets the same file and raises its own error, which does not always name it.
             emit("file.unreadable", file=request.path,
@@ -152,7 +188,7 @@ class ZeroCopy(Policy):
         self._read_ahead(lease.file)
         emit("weights.read", file=lease.file.name, bytes=lease.file.identity.size,
              seconds=time.perf_counter() - started, source="file" if lease.fresh else "bank")
-        return (lease.tensors, lease.metadata) if request.with_metadata else lease.tensors
+        return (tensors, lease.metadata) if request.with_metadata else tensors
 
     def _map_torch_file(self, request: ReadWeights, proceed: Proceed) -> Any:
         with self._tools.host.reading.torch_files_mapped():
@@ -201,6 +237,10 @@ class ZeroCopy(Policy):
             return proceed()
 
         return Decision(f"{', '.join(file.name for file in changed)} changed on disk", rebuild)
+
+
+def _patch_at_use(request: PatchWeight) -> Decision:
+    return Decision("", lambda proceed: request.at_use())
 
 
 def _refuse(file: MappedFile, proceed: Proceed) -> Any:

@@ -50,13 +50,13 @@ class Builder:
     def build(self, request: BuildModel) -> Decision | None:
         if _building.get() is not None:  # a checkpoint builds its VAE inside
             return None
-        return Decision(f"{request.kind}: parameters are the file's mapping", self._build)
+        return Decision(f"{request.kind}: parameters are the file's mapping", partial(self._build, request))
 
-    def _build(self, proceed: Proceed) -> Any:
+    def _build(self, request: BuildModel, proceed: Proceed) -> Any:
         scope = _Scope()
         token = _building.set(scope)
         try:
-            return proceed()
+            return proceed(replace(request, bind_gguf=True) if request.gguf else request)
         finally:
             _building.reset(token)
             seconds = time.perf_counter() - scope.started
@@ -67,7 +67,8 @@ class Builder:
         scope = _building.get()
         if scope is None or request.assign or type(request.module) in self._ineffective:
             return None
-        if not any(is_plain(value) and self._bank.file_of(value) for value in request.state_dict.values()):
+        tensors = (value for value in request.state_dict.values() if isinstance(value, torch.Tensor))
+        if not any(self._bank.file_of(part) for value in tensors for part in parts(value)):
             return None
         return Decision("", partial(self._fill, request, scope))
 
@@ -177,6 +178,10 @@ class _Plan:
 
     @staticmethod
     def _copied(target: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        if not is_plain(target) and not target.is_meta:
+            return value  # a second file for one module, as of two text encoders of one kind: the layer takes it anew
+        if not is_plain(value) and is_plain(target):
+            value = value.dequantize()  # for a layer that the host cannot compute from blocks
         if target.dim() == 0 and value.shape == (1,):
             value = value[0]  # so does load_state_dict, for files of an old torch
         if target.shape != value.shape or target.is_meta:

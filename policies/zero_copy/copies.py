@@ -34,6 +34,9 @@ class Copies:
         self._pinned: WeakKeyDictionary[torch.nn.Module, dict[str, int]] = WeakKeyDictionary()
 
     def write(self, request: WriteInPlace) -> Decision | None:
+        beside = request.beside
+        if beside is not None:
+            return Decision("", lambda proceed: beside())
         parameter = request.module._parameters.get(request.name)
         if parameter is None or not is_plain(parameter) or self._bank.file_of(parameter) is None:
             return None
@@ -63,16 +66,17 @@ class Copies:
         leaf_name, _, name = request.name.rpartition(".")
         leaf = request.weights.module.get_submodule(leaf_name)
         parameter = leaf._parameters.get(name)
-        if parameter is None or not is_plain(parameter) or self._bank.file_of(parameter) is None:
+        if parameter is None or not any(self._bank.file_of(part) for part in parts(parameter)):
             return None
         booked = self._pinned_bytes() - self._pinned.get(leaf, {}).get(name, 0)
-        if booked + parameter.nbytes > self._ledger.room(OWNER, Residency.PINNED):
+        size = sum(part.nbytes for part in parts(parameter))
+        if booked + size > self._ledger.room(OWNER, Residency.PINNED):
             return None
 
         def act(proceed: Proceed) -> Any:
             self._homes.note(leaf, name, parameter)
             put(leaf, name, parameter.detach().clone())
-            self._pinned.setdefault(leaf, {})[name] = parameter.nbytes
+            self._pinned.setdefault(leaf, {})[name] = size
             self.book()
             return proceed()
 

@@ -67,13 +67,19 @@ class Offloader:
         return proceed()
 
     def offload(self, request: OffloadWeights) -> Decision | None:
-        if request.weights.streamed_by_host or request.device is None or request.device.type != "cpu":
+        if request.weights.streamed_by_host or not self._homes.files(request.weights.module):
             return None
-        if not self._homes.files(request.weights.module):
-            return None
+        if request.device is None or request.device.type != "cpu":
+            return Decision("", partial(self._unpatch, request.weights))
         return Decision("", partial(self._offload, request.weights))
 
+    @staticmethod
+    def _unpatch(weights: Weights, proceed: Proceed) -> Any:
+        weights.end_patches()
+        return proceed()
+
     def _offload(self, weights: Weights, proceed: Proceed) -> Any:
+        weights.end_patches()
         leaving = _Leaving(weights)
         for leaf, name, _, home in self._unchanged(weights):
             put(leaf, name, home.tensor)

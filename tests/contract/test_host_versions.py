@@ -39,7 +39,8 @@ OVERRIDES = {
 ATTRIBUTES = {
     ("comfy.model_patcher", "ModelPatcher"): (
         "model", "backup", "hook_backup", "hook_patches", "patches", "load_device", "offload_device", "pinned",
-        "is_dynamic", "model_size", "loaded_size"),
+        "is_dynamic", "model_size", "loaded_size", "patches_uuid"),
+    ("comfy.ops", "disable_weight_init"): ("Linear", "Embedding"),
     ("comfy.model_management", "LoadedModel"): ("model", "device"),
     ("comfy.ops", "CastWeightBiasOp"): ("comfy_cast_weights",),
     ("execution", "PromptExecutor"): ("success", "reset"),
@@ -216,7 +217,7 @@ def test_every_override_of_a_hooked_method_is_known(tree: Tree) -> None:
 def relied_on() -> set[tuple[str, str]]:
     """(module, name) of everything that `hooks/` takes from a module of the host."""
     found = set()
-    for file in sorted((ROOT / "hooks").glob("*.py")):
+    for file in sorted((ROOT / "hooks").rglob("*.py")):
         nodes = list(ast.walk(parsed(file)))
         modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
         modules = {name for name in modules if (TREES / VERSIONS[-1] / name.split(".")[0]).is_dir()
@@ -238,7 +239,8 @@ def test_finds_what_the_hooks_rely_on() -> None:
         ("comfy.model_management", "MAX_PINNED_MEMORY"), ("comfy.model_management", "get_torch_device"),
         ("comfy.model_management", "InterruptProcessingException"),
         ("comfy.model_management", "throw_exception_if_processing_interrupted"),
-        ("comfy.ops", "CastWeightBiasOp"),
+        ("comfy.ops", "CastWeightBiasOp"), ("comfy.ops", "manual_cast"), ("comfy.ops", "cast_bias_weight"),
+        ("comfy.model_patcher", "LowVramPatch"), ("comfy.lora", "calculate_weight"), ("nodes", "NODE_CLASS_MAPPINGS"),
         ("folder_paths", "get_user_directory"),
     } <= relied_on()
 

@@ -20,7 +20,11 @@ MODELS = (
     "diffusion_models/middle_a", "diffusion_models/middle_b", "diffusion_models/middle_fp32", "vae/taesd", "vae/wan",
     "text_encoders/clip_l", "text_encoders/clip_l_other", "text_encoders/clip_l_fp8", "controlnet/flux",
     "diffusion_models/flux_torch.pt", "checkpoints/sd3", "checkpoints/sd3_fp32", "loras/flux_one", "loras/flux_two",
-    "loras/middle",
+    "loras/middle", "diffusion_models/flux_mixed.gguf", "diffusion_models/flux_mixed_other.gguf",
+    "diffusion_models/flux_mixed_fp32", "diffusion_models/flux_mixed_bf16", "diffusion_models/middle_q8_a.gguf",
+    "diffusion_models/middle_q8_b.gguf", "diffusion_models/middle_q8_a_bf16", "loras/flux_mixed",
+    "text_encoders/t5_base.gguf", "text_encoders/t5_base_other.gguf", "text_encoders/t5_base_fp16",
+    "text_encoders/clip_l_q8.gguf", "text_encoders/clip_l_q8_fp16",
 )
 # Room for one of the middle models and what ComfyUI keeps free for sampling, but not for two.
 SMALL_DEVICE_MB = 1320

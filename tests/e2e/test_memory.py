@@ -20,7 +20,7 @@ def swapping(npu_pair: Pair) -> Pair:
 
 def test_swapping_models_copies_nothing_from_the_device(swapping: Pair) -> None:
     """From the second prompt on, ComfyUI alone copies most of two models back; with the plugin nothing comes back."""
-    to_host = {}
+    to_host, told = {}, len(swapping.plugin.events("weights.restored"))
     for name, server in (("alone", swapping.alone), ("plugin", swapping.plugin)):
         server.run(workflows.both("middle_a", "middle_b"))
         before = server.device()["to_host"]
@@ -29,7 +29,8 @@ def test_swapping_models_copies_nothing_from_the_device(swapping: Pair) -> None:
 
     assert to_host["alone"] > 90 * MB
     assert to_host["plugin"] < 1 * MB
-    restored = swapping.plugin.events("weights.restored")
+    # The first is of the model that another test left on the device, and may be of a file whose biases were converted.
+    restored = swapping.plugin.events("weights.restored")[told + 1:]
     assert sum(event["bytes"] for event in restored) > 90 * MB
     assert sum(event["copied_bytes"] for event in restored) == 0
 

@@ -13,22 +13,28 @@ from support.server import MB, Server
 LORA = workflows.text_to_latent("middle_a", loras=(("middle", 1.0),), prefix="lora")
 
 
+GGUF = {False: "flux_mixed_bf16", True: "flux_mixed.gguf"}  # ComfyUI alone gets the dequantised twin
+
+
 @pytest.mark.parametrize("version", VERSIONS[:-1])  # the other tests run on the last
 def test_a_workflow_swaps_models_and_gives_the_same_latents(version: str, models: Path, simulated_npu: None,
                                                             tmp_path: Path) -> None:
-    """Two models and a LoRA on a device that holds one model: mapped, swapped without a copy, and the same bit for bit."""
+    """Two models, a LoRA and a GGUF file on a device that holds one model: mapped, swapped without a copy, and the same bit
+    for bit."""
     found = {}
     for name in ("alone", "plugin"):
         with Server(TREES / version, tmp_path / name, models, plugin=name == "plugin", device_mb=SMALL_DEVICE_MB) as server:
             server.run(workflows.both("middle_a", "middle_b"))
             server.run(LORA)
+            server.run(workflows.text_to_latent(GGUF[server.plugin], loras=(("flux_mixed", 1.0),), prefix="gguf"))
+            server.run(workflows.both("middle_b", "middle_a"))
             before = server.device()["to_host"]
             server.run(workflows.both("middle_a", "middle_b", seed=2))
             copied = server.device()["to_host"] - before
-            found[name] = [server.latents(prefix) for prefix in ("out_a", "out_b", "lora")]
+            found[name] = [server.latents(prefix) for prefix in ("out_a", "out_b", "lora", "gguf")]
             if name == "plugin":
                 assert troubles(server) == []
                 assert server.events("plugin.started")[0]["host"] == version
                 assert copied < 1 * MB
 
-    assert [torch.equal(alone, plugin) for alone, plugin in zip(found["alone"], found["plugin"], strict=True)] == [True] * 3
+    assert [torch.equal(alone, plugin) for alone, plugin in zip(found["alone"], found["plugin"], strict=True)] == [True] * 4

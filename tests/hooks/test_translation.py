@@ -18,6 +18,8 @@ import execution
 import pytest
 import torch
 from residency.hooks import HookRegistry, all_hooks
+from residency.hooks.gguf_weights.layout import wrap
+from residency.hooks.gguf_weights.ops import Ops
 from residency.policies.files.bank import Bank
 from residency.policies.policy import Effect
 from residency.policies.requests import (
@@ -27,6 +29,7 @@ from residency.policies.requests import (
     FreeMemory,
     MoveModule,
     OffloadWeights,
+    PatchWeight,
     PinMemory,
     PlaceModel,
     ReadWeights,
@@ -146,6 +149,24 @@ class TestBuilding:
         assert kind == event.fields["model"]
         assert 0 <= event.fields["seconds"] < 10
 
+    @pytest.mark.parametrize(("name", "call"), [
+        ("comfy.sd.load_diffusion_model_state_dict",
+         lambda weights: comfy.sd.load_diffusion_model_state_dict(
+             weights, model_options={"dtype": torch.float8_e4m3fn, "own": 1})),
+        ("comfy.sd.load_text_encoder_state_dicts",
+         lambda weights: comfy.sd.load_text_encoder_state_dicts([{}, weights], model_options={"own": 1})),
+    ])
+    def test_a_model_of_blocks_may_be_built_of_our_layers(self, host: Host, name: str, call: Callable[[Any], Any]) -> None:
+        """A dtype for weights has no effect on blocks, and the user's other options stay."""
+        host.watch(name)
+        host.amend = lambda request: replace(request, bind_gguf=True)
+
+        call({"weight": wrap(torch.zeros(2, 34, dtype=torch.uint8), 8, (2, 32))})
+
+        assert isinstance(host.request, BuildModel)
+        assert host.request.gguf
+        assert {"own": 1, "custom_operations": Ops} == host.calls[0]["model_options"]
+
     def test_a_module_is_filled(self, host: Host) -> None:
         """Module, state dict and `assign` are those of the call."""
         host.watch("torch.nn.modules.module.Module.load_state_dict", ...)
@@ -213,6 +234,15 @@ class TestPlacing:
 
         assert host.request is None
 
+    def test_telemetry_hears_of_a_model_whose_budget_changed(self, host: Host, ring: Ring, patcher: Any) -> None:
+        """The host answers as before, and the line about it stays."""
+        host.watch("comfy.model_management.LoadedModel.model_load", ...)
+        host.amend = lambda request: replace(request, budget_bytes=None)
+
+        comfy.model_management.LoadedModel(patcher).model_load(64)
+
+        assert 1 == len(ring.named("model.placed"))
+
     def test_telemetry_hears_of_what_moved(self, host: Host, ring: Ring, patcher: Any) -> None:
         """The first time, not while it stays, and again after it left."""
         host.watch("comfy.model_management.LoadedModel.model_load", ...)
@@ -249,6 +279,24 @@ class TestPlacing:
         comfy.utils.copy_to_param(model, "0.weight", torch.zeros(2, 2))
 
         assert WriteInPlace(model[0], "weight") == host.request
+
+    @pytest.mark.parametrize(("kept", "key", "asked"), [(True, "0.weight", True), (True, "0.bias", False),
+                                                        (False, "0.weight", False)])
+    def test_a_patch_is_asked_about_where_the_files_format_is_kept(self, host: Host, kept: bool, key: str, asked: bool) -> None:
+        """An ordinary weight is the host's to patch."""
+        host.watch("comfy.model_patcher.ModelPatcher.patch_weight_to_device")
+        model = torch.nn.Sequential(Ops.Linear(32, 2, dtype=torch.bfloat16))
+        weight = torch.zeros(2, 32) if kept else torch.zeros(2, 32, dtype=torch.bfloat16)
+        model.load_state_dict({"0.weight": weight, "0.bias": torch.zeros(2)})
+        patcher = comfy.model_patcher.ModelPatcher(model, CPU, CPU)
+        patcher.patches = {"0.weight": [], "0.bias": []}
+
+        patcher.patch_weight_to_device(key)
+        assert asked == isinstance(host.request, PatchWeight)
+
+        host.request = None
+        patcher.patch_weight_to_device(key, return_weight=True)
+        assert host.request is None
 
 
 class TestReleasing:

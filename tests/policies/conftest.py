@@ -35,6 +35,25 @@ class FakeReading:
         yield
 
 
+class FakeFormats:
+    """A host that holds GGUF weights, or that says in `missing` why it cannot; `offered` is what it was told last."""
+
+    def __init__(self) -> None:
+        self.missing: str | None = None
+        self.offered: bool | None = None
+
+    def no_gguf(self) -> str | None:
+        return self.missing
+
+    def gguf(self, blocks: torch.Tensor, kind: int, shape: tuple[int, ...], heads: int | None = None) -> torch.Tensor:
+        from residency.hooks.gguf_weights.layout import wrap
+
+        return wrap(blocks, kind, shape, heads)
+
+    def offer_gguf(self, offered: bool) -> None:
+        self.offered = offered
+
+
 class FakeMemory:
     """Whether the host pins."""
 
@@ -71,7 +90,8 @@ def quick_collections() -> Iterator[None]:
 @pytest.fixture
 def tools() -> Iterator[Tools]:
     """A bank and a ledger of the test's own."""
-    made = Tools(Bank(), Ledger(Limits(ram=2**30, pinned=2**30, pad=0)), Host(FakeReading(), FakeMemory(), FakeLifecycle()))
+    host = Host(FakeReading(), FakeFormats(), FakeMemory(), FakeLifecycle())
+    made = Tools(Bank(), Ledger(Limits(ram=2**30, pinned=2**30, pad=0)), host)
     yield made
     made.bank.empty()
     gc.collect()

@@ -2,7 +2,9 @@
 
 OUT is a ComfyUI models folder. Names: see `MODELS`. Files that exist stay; seeds are fixed.
 """
+import itertools
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -19,6 +21,9 @@ import comfy.ldm.wan.model
 import comfy.ldm.wan.vae
 import comfy.ops
 import comfy.taesd.taesd
+import comfy.text_encoders.t5
+import gguf
+import numpy
 import safetensors.torch
 import torch
 from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
@@ -139,7 +144,102 @@ def lora(seed, weights, rank=4):
     return state_dict
 
 
+# Types of blocks that the gguf package reads but does not write: where a block's scales are, and what they are to the first.
+SCALES = {"Q4_K": {0: 1.0, 2: 7.5}, "Q6_K": {208: 1.0}, "IQ4_XS": {0: 1.0}}
+
+
+def random_blocks(kind, shape, std, generator):
+    """Blocks of a type whose weights have about this standard deviation."""
+    elements, size = gguf.GGML_QUANT_SIZES[kind]
+    blocks = torch.randint(0, 256, (math.prod(shape) // elements, size), dtype=torch.uint8, generator=generator).numpy()
+    scale = 1.0
+    for _ in range(2):  # once to see what a scale of one gives
+        for offset, factor in SCALES[kind.name].items():
+            blocks[:, offset:offset + 2] = numpy.array([scale * factor], numpy.float16).view(numpy.uint8)
+        scale = std / gguf.quants.dequantize(blocks.reshape(-1), kind).std()
+    return blocks.reshape(*shape[:-1], -1)
+
+
+def gguf_of(weights, kinds, seed):
+    """(array, type) of each tensor of a model: matrices in the named types by turns, all else in float32."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors, turns = {}, itertools.cycle(gguf.GGMLQuantizationType[name] for name in kinds)
+    for key, value in weights.items():
+        array = value.float().numpy()
+        if value.ndim != 2 or value.shape[1] % 256 or "blocks." not in key:
+            tensors[key] = array, gguf.GGMLQuantizationType.F32
+            continue
+        kind = next(turns)
+        blocks = (random_blocks(kind, value.shape, array.std(), generator) if kind.name in SCALES
+                  else gguf.quants.quantize(array, kind))
+        tensors[key] = blocks, kind
+    return tensors
+
+
+def dequantised(tensors, dtype):
+    """The same weights in a dtype that needs no dequantisation."""
+    return {key: torch.from_numpy(array if kind.name == "F32" else gguf.quants.dequantize(array, kind)).to(dtype).contiguous()
+            for key, (array, kind) in tensors.items()}
+
+
+def t5_base(seed):
+    """(array, type) by ComfyUI's keys: the vocabulary is quantised too."""
+    config = json.loads((Path(comfy.text_encoders.t5.__file__).parent / "t5_config_base.json").read_text())
+    weights = randomize(meta(lambda: comfy.text_encoders.t5.T5(config, torch.float32, "meta", OPS)), torch.float32, seed)
+    weights["shared.weight"] *= weights["shared.weight"].shape[1] ** 0.5
+    return text_blocks(weights, ("Q8_0", "Q4_K", "Q4_0", "Q6_K", "BF16"), seed)
+
+
+def text_blocks(weights, kinds, seed):
+    generator = torch.Generator().manual_seed(seed)
+    turns = itertools.cycle(gguf.GGMLQuantizationType[name] for name in kinds)
+    tensors = {}
+    for key, value in weights.items():
+        kind = next(turns) if value.ndim == 2 and value.shape[1] % 256 == 0 else gguf.GGMLQuantizationType.F32
+        array = value.numpy()
+        tensors[key] = (random_blocks(kind, value.shape, array.std(), generator) if kind.name in SCALES
+                        else gguf.quants.quantize(array, kind)), kind
+    return tensors
+
+
+def as_llama_cpp(tensors):
+    """The names of llama.cpp's converter."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5ENCODER, 12)
+    return {names.get_name(key, (".weight",)): value for key, value in tensors.items()}
+
+
+def save_gguf(tensors, path):
+    architecture = "t5encoder" if "token_embd.weight" in tensors else "clip" if "clip_l" in str(path) else "flux"
+    writer = gguf.GGUFWriter(str(path), architecture)
+    for key, (array, kind) in tensors.items():
+        writer.add_tensor(key, array, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+MIX = "Q8_0", "Q4_K", "IQ4_XS", "MXFP4", "Q6_K", "Q5_1", "BF16"
+
+
+def mixed(seed):
+    return gguf_of(flux(seed, torch.float32, hidden=256), MIX, seed)
+
+
+def q8(seed, **size):
+    return gguf_of(flux(seed, torch.float32, **size), ("Q8_0",), seed)
+
+
 MODELS = {
+    "diffusion_models/flux_mixed.gguf": lambda: mixed(2),
+    "diffusion_models/flux_mixed_other.gguf": lambda: mixed(12),
+    "diffusion_models/flux_mixed_fp32": lambda: dequantised(mixed(2), torch.float32),
+    "diffusion_models/flux_mixed_bf16": lambda: dequantised(mixed(2), torch.bfloat16),
+    "diffusion_models/middle_q8_a.gguf": lambda: q8(2, hidden=512, depth=2, single=4),
+    "diffusion_models/middle_q8_a_bf16": lambda: dequantised(q8(2, hidden=512, depth=2, single=4), torch.bfloat16),
+    "diffusion_models/middle_q8_b.gguf": lambda: q8(12, hidden=512, depth=2, single=4),
+    "diffusion_models/big_q8_a.gguf": lambda: q8(2, hidden=1024, depth=6, single=12),
+    "diffusion_models/big_q8_b.gguf": lambda: q8(12, hidden=1024, depth=6, single=12),
     "diffusion_models/flux_a": lambda: flux(2),
     "diffusion_models/flux_b": lambda: flux(12),
     "diffusion_models/flux_a_fp32": lambda: flux(2, torch.float32),
@@ -158,22 +258,28 @@ MODELS = {
     "text_encoders/clip_l": lambda: clip_l(6),
     "text_encoders/clip_l_other": lambda: clip_l(16),
     "text_encoders/clip_l_fp8": lambda: clip_l_fp8(6),
+    "text_encoders/clip_l_q8.gguf": lambda: text_blocks(clip_l(26, torch.float32), ("Q8_0",), 26),
+    "text_encoders/clip_l_q8_fp16": lambda: dequantised(text_blocks(clip_l(26, torch.float32), ("Q8_0",), 26), torch.float16),
+    "text_encoders/t5_base.gguf": lambda: as_llama_cpp(t5_base(21)),
+    "text_encoders/t5_base_other.gguf": lambda: as_llama_cpp(t5_base(22)),
+    "text_encoders/t5_base_fp16": lambda: dequantised(t5_base(21), torch.float16),
     "checkpoints/sd3": lambda: checkpoint(7),
     "checkpoints/sd3_fp32": lambda: checkpoint(7, torch.float32),
     "controlnet/flux": lambda: flux_controlnet(10),
     "diffusion_models/flux_torch.pt": lambda: flux(2, torch.float32),
     "loras/flux_one": lambda: lora(8, flux(2)),
     "loras/flux_two": lambda: lora(9, flux(2)),
+    "loras/flux_mixed": lambda: lora(8, flux(2, hidden=256)),
     "loras/middle": lambda: lora(8, flux(2, hidden=512, depth=2, single=4)),
 }
 
 for name in names:
-    path = Path(out) / (name if name.endswith(".pt") else f"{name}.safetensors")
+    path = Path(out) / (name if name.endswith((".pt", ".gguf")) else f"{name}.safetensors")
     if path.exists():
         continue
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    save = torch.save if path.suffix == ".pt" else safetensors.torch.save_file
+    save = {".pt": torch.save, ".gguf": save_gguf}.get(path.suffix, safetensors.torch.save_file)
     save(MODELS[name](), partial)
     partial.rename(path)
     print(f"{path.name}: {path.stat().st_size / 2**20:.1f} MB", flush=True)

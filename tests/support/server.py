@@ -147,6 +147,13 @@ class Server:
         """`POST /free` with both flags."""
         self._post("/free", {"unload_models": True, "free_memory": True})
 
+    def choices(self, kind: str, option: str) -> list[str]:
+        """The file names that a node offers."""
+        found, *options = self._get(f"/object_info/{kind}")[kind]["input"]["required"][option]
+        if found == "COMBO":  # as nodes of the newer API have it
+            found = options[0]["options"]
+        return found if isinstance(found, list) else []
+
     def latents(self, prefix: str = "out") -> torch.Tensor:
         """The latents that were saved last under this prefix."""
         files = sorted((self.base / "output").glob(f"{prefix}_?????_.latent"))

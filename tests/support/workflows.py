@@ -15,11 +15,19 @@ def text_to_latent(model: str, *, clip: str = "clip_l", clip_type: str = "stable
                    vae: str | None = None, prefix: str = "out") -> Workflow:
     """Loads a diffusion model and a text encoder, samples, and saves the latents under `prefix`."""
     flow = {
-        "model": node("UNETLoader", unet_name=f"{model}.safetensors", weight_dtype=weight_dtype),
-        "clip": node("CLIPLoader", clip_name=f"{clip}.safetensors", type=clip_type),
+        "model": _loader(model, weight_dtype),
+        "clip": node("CLIPLoader", clip_name=_file(clip), type=clip_type),
     }
     return _sample(flow, ["model", 0], ["clip", 0], seed, steps, size, loras, ["vae", 0] if vae else None, prefix,
                    {"vae": node("VAELoader", vae_name=f"{vae}.safetensors")} if vae else {})
+
+
+def _loader(model: str, weight_dtype: str = "default") -> dict[str, Any]:
+    return node("UNETLoader", unet_name=_file(model), weight_dtype=weight_dtype)
+
+
+def _file(name: str) -> str:
+    return name if "." in name else f"{name}.safetensors"
 
 
 def from_checkpoint(name: str, *, seed: int = 1, steps: int = 2, size: int = 64, prefix: str = "out") -> Workflow:
@@ -52,7 +60,7 @@ def two_encoders(model: str, clips: tuple[str, str], *, seed: int = 1, prefix: s
     """A diffusion model with two text encoders in one loader."""
     flow = {
         "model": node("UNETLoader", unet_name=f"{model}.safetensors", weight_dtype="default"),
-        "clip": node("DualCLIPLoader", clip_name1=f"{clips[0]}.safetensors", clip_name2=f"{clips[1]}.safetensors", type="sd3"),
+        "clip": node("DualCLIPLoader", clip_name1=_file(clips[0]), clip_name2=_file(clips[1]), type="sd3"),
     }
     return _sample(flow, ["model", 0], ["clip", 0], seed, 2, 64, (), None, prefix, {})
 
@@ -60,7 +68,7 @@ def two_encoders(model: str, clips: tuple[str, str], *, seed: int = 1, prefix: s
 def both(first: str, second: str, *, seed: int = 1, steps: int = 2, prefix: str = "out", size: int = 64) -> Workflow:
     """One prompt that samples with one model and then with another, with one text encoder."""
     flow = text_to_latent(first, seed=seed, steps=steps, size=size, prefix=f"{prefix}_a")
-    flow["model2"] = node("UNETLoader", unet_name=f"{second}.safetensors", weight_dtype="default")
+    flow["model2"] = _loader(second)
     flow["sample2"] = {**flow["sample"], "inputs": {**flow["sample"]["inputs"], "model": ["model2", 0],
                                                     "latent_image": ["sample", 0], "denoise": 0.7}}
     flow["save2"] = node("SaveLatent", samples=["sample2", 0], filename_prefix=f"{prefix}_b")

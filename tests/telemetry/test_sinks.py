@@ -43,6 +43,8 @@ LINES: list[tuple[str, dict[str, Any], str]] = [
      "weights.read a.sft 807 MB from bank in 0.02 s"),
     ("weights.read_ahead", {"file": "a.sft", "bytes": 807 * MB, "seconds": 1.234},
      "weights.read_ahead a.sft 807 MB in 1.23 s"),
+    ("gguf.read", {"file": "a.gguf", "architecture": "flux", "types_bytes": {"Q4_K": 700 * MB, "float32": 2 * MB}},
+     "gguf.read a.gguf, architecture: flux, 700 MB on Q4_K, 2 MB on float32"),
     ("weights.mapped", {"file": "big_flux.safetensors", "bytes": 807 * MB, "copied_bytes": 0, "seconds": 0.02},
      "weights.mapped big_flux.safetensors 807 MB in 0.02 s, 0 MB copied"),
     ("weights.restored", {"model": "Flux", "bytes": 807 * MB, "copied_bytes": 3 * MB, "seconds": 0.25},

@@ -24,12 +24,16 @@ class FakeWeights:
     streamed_by_host: bool = False
     kept_by_host: set[str] = field(default_factory=set)
     to_patch: set[str] = field(default_factory=set)
+    patching: bool = True
 
     def restored_by_host(self) -> set[str]:
         return self.kept_by_host
 
     def patched(self) -> set[str]:
         return self.to_patch
+
+    def end_patches(self) -> None:
+        self.patching = False
 
 
 class House:

@@ -323,13 +323,30 @@ def test_weights_that_the_host_streams_are_left_alone(kind: Any, house: Any, lin
     assert house.policy.decide(kind(weights_of(linear, streamed_by_host=True), CPU)) is None
 
 
-@pytest.mark.parametrize("kind", [OffloadWeights, OffloadPart])
 @pytest.mark.parametrize("device", [None, torch.device("meta")])
-def test_weights_that_do_not_leave_for_ram_are_left_alone(kind: Any, device: Any, house: Any, linear: nn.Linear, homes: Homes,
+def test_weights_that_do_not_leave_for_ram_are_left_alone(device: Any, house: Any, linear: nn.Linear, homes: Homes,
                                                           weights_of: Any) -> None:
     """None is staying put; another device is the host's business."""
     homes.note_all(linear)
-    assert house.policy.decide(kind(weights_of(linear), device)) is None
+    assert house.policy.decide(OffloadPart(weights_of(linear), device)) is None
+
+
+@pytest.mark.parametrize("device", [None, torch.device("meta"), CPU])
+def test_a_patch_at_use_ends_wherever_the_weights_go(device: Any, house: Any, linear: nn.Linear, homes: Homes,
+                                                     weights_of: Any) -> None:
+    """The host takes its patches back each time, and stays put where the next patch is another."""
+    homes.note_all(linear)
+    weights = weights_of(linear)
+    assert house.ask(OffloadWeights(weights, device)) == "host"
+    assert not weights.patching
+
+
+def test_a_part_that_leaves_keeps_its_patches(house: Any, linear: nn.Linear, homes: Homes, weights_of: Any) -> None:
+    """What stays on the device goes on being patched."""
+    homes.note_all(linear)
+    weights = weights_of(linear)
+    assert house.ask(OffloadPart(weights, CPU)) == "host"
+    assert weights.patching
 
 
 def test_an_offload_of_weights_without_a_home_is_left_alone(house: Any, weights_of: Any) -> None:

@@ -1,0 +1,150 @@
+"""GGUF files as zero_copy answers for them."""
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy
+import pytest
+import torch
+from residency.hooks.gguf_weights import is_gguf
+from residency.policies.policy import Refusal
+from residency.policies.requests import BuildModel, OpenModel, PatchWeight, ReadWeights, Request, WriteInPlace
+from residency.telemetry.sinks import Ring
+
+Q8_0 = gguf.GGMLQuantizationType.Q8_0
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    """A model with a quantised weight and a bias in float32."""
+    file = str(tmp_path / "model.gguf")
+    writer = gguf.GGUFWriter(file, "flux")
+    writer.add_tensor("weight", gguf.quants.quantize(numpy.ones((4, 64), numpy.float32), Q8_0), raw_dtype=Q8_0)
+    writer.add_tensor("bias", numpy.arange(4, dtype=numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+@pytest.fixture
+def started(house: Any) -> Any:
+    house.policy.start()
+    return house
+
+
+def host(request: Request) -> str:
+    return "host"
+
+
+def test_a_file_is_a_state_dict_over_its_mapping(started: Any, path: str, ring: Ring) -> None:
+    """Blocks are the host's quantised tensors, numbers are numbers, and telemetry hears of both."""
+    state_dict, metadata = started.ask(ReadWeights(path, with_metadata=True, on_cpu=True), host)
+
+    assert is_gguf(state_dict["weight"])
+    assert torch.equal(torch.ones(4, 64), state_dict["weight"].dequantize().round(decimals=2))
+    assert torch.equal(torch.arange(4, dtype=torch.float32), state_dict["bias"])
+    assert started.mapped(state_dict["weight"]._qdata)
+    assert started.mapped(state_dict["bias"])
+    assert "flux" == metadata["general.architecture"]
+    (event,) = ring.named("gguf.read")
+    assert {"file": "model.gguf", "architecture": "flux", "types_bytes": {"Q8_0": 4 * 68, "float32": 16}} == event.fields
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model", b"GGUF" + b"\xff" * 60])
+def test_a_damaged_file_is_refused_by_name(started: Any, tmp_path: Path, content: bytes, ring: Ring) -> None:
+    """The host cannot read it either, and would not say why."""
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(content)
+
+    with pytest.raises(Refusal, match=r"broken\.gguf"):
+        started.ask(ReadWeights(str(broken), with_metadata=False, on_cpu=True), host)
+
+    assert str(broken) == ring.named("file.unreadable")[0].fields["file"]
+
+
+def test_a_file_that_is_not_there_is_the_hosts(started: Any, tmp_path: Path) -> None:
+    """It says so itself."""
+    assert "host" == started.ask(ReadWeights(str(tmp_path / "gone.gguf"), with_metadata=False, on_cpu=True), host)
+
+
+@pytest.mark.parametrize("why", ["package", "host"])
+def test_where_files_cannot_be_opened_they_are_the_hosts(house: Any, path: str, ring: Ring, monkeypatch: pytest.MonkeyPatch,
+                                                         why: str) -> None:
+    """The policy says what is missing, and does the rest of its work."""
+    if why == "package":
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    else:
+        house.tools.host.formats.missing = "no quantised tensors"
+
+    house.policy.start()
+
+    (event,) = ring.named("policy.declined")
+    reasons = {"package": "the package gguf is missing: pip install gguf", "host": "no quantised tensors"}
+    assert reasons[why] == event.fields["reason"]
+    assert house.tools.host.formats.offered is None
+    assert house.policy.decide(ReadWeights(path, with_metadata=False, on_cpu=True)) is None
+    assert house.policy.decide(OpenModel(path, {})) is None
+
+
+def test_the_offer_ends_with_the_policy(started: Any) -> None:
+    """Files are listed while somebody can open them."""
+    assert started.tools.host.formats.offered is True
+    started.policy.close()
+    assert started.tools.host.formats.offered is False
+
+
+def test_a_pack_opens_a_model_as_the_stock_node_does(started: Any, path: str, caplog: pytest.LogCaptureFixture) -> None:
+    """What the user chose there has no effect any more, and is named."""
+    asked: list[Any] = []
+
+    started.ask(OpenModel(path, {"dequant_dtype": "float16"}), asked.append)
+
+    assert asked[0].stock
+    assert "dequant_dtype = float16 is superseded" in caplog.text
+
+
+@pytest.mark.parametrize("blocks", [True, False])
+def test_a_model_of_blocks_is_built_of_layers_that_compute_with_them(started: Any, blocks: bool) -> None:
+    """Any other is built as ever."""
+    asked: list[Any] = []
+
+    started.ask(BuildModel("diffusion model", gguf=blocks), asked.append)
+
+    assert blocks == asked[0].bind_gguf
+
+
+def test_a_patch_becomes_one_at_use(started: Any) -> None:
+    """The host does not make a dense weight of it."""
+    done: list[str] = []
+
+    started.ask(PatchWeight(lambda: done.append("at use")), lambda request: done.append("host"))
+
+    assert ["at use"] == done
+
+
+def test_a_write_goes_beside_blocks(started: Any) -> None:
+    """They cannot take it."""
+    done: list[str] = []
+    module = torch.nn.Linear(2, 2)
+
+    started.ask(WriteInPlace(module, "weight", lambda: done.append("beside")), lambda request: done.append("host"))
+
+    assert ["beside"] == done
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Linear, lambda *size: torch.nn.Linear(*size, dtype=torch.bfloat16)])
+def test_a_layer_that_cannot_compute_with_blocks_gets_them_dense(started: Any, path: str, kind: Callable[..., Any]) -> None:
+    """In its own dtype."""
+    layer = kind(64, 4)
+    state_dict = started.ask(ReadWeights(path, with_metadata=False, on_cpu=True), host)
+
+    started.build(layer, state_dict)
+
+    assert torch.equal(state_dict["weight"].dequantize().to(layer.weight.dtype), layer.weight)
+    assert not started.mapped(layer.weight)
