@@ -166,7 +166,7 @@ def gguf() -> None:
     pack = Path(os.environ["COMFYUI_GGUF_PATH"]) if os.environ.get("COMFYUI_GGUF_PATH") else None
     show("GGUF header of a model with a vocabulary of 262,144 tokens", ("", "seconds", "times faster"), gguf_header.rows())
     show("20,000 headers with changed bytes", ("cases", "refused", "accepted", "peak memory, MB"), [gguf_header.fuzz()])
-    show(*dequantize.report(pack))
+    show(dequantize.TITLE, dequantize.HEAD, dequantize.table(pack))
     if pack is None or no_simulated_npu():
         print("\nskipped, it needs COMFYUI_GGUF_PATH and a compiler: models that swap")
     else:
