@@ -195,7 +195,7 @@ class Server:
 
     def stop(self) -> None:
         if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
+            self.process.terminate()  # a shell's background jobs ignore SIGINT, and so do their children
             try:
                 self.process.wait(20)
             except subprocess.TimeoutExpired:
