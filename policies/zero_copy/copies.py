@@ -17,7 +17,7 @@ import torch
 from ..memory import Residency
 from ..policy import Decision, Proceed
 from ..requests import PinMemory, PinWeight, WriteInPlace
-from .parameters import Homes, fingerprints, is_plain, parts, put
+from .parameters import Homes, fingerprints, is_plain, parts, put, size
 
 if TYPE_CHECKING:
     from .. import Tools
@@ -69,14 +69,13 @@ class Copies:
         if parameter is None or not any(self._bank.file_of(part) for part in parts(parameter)):
             return None
         booked = self._pinned_bytes() - self._pinned.get(leaf, {}).get(name, 0)
-        size = sum(part.nbytes for part in parts(parameter))
-        if booked + size > self._ledger.room(OWNER, Residency.PINNED):
+        if booked + size(parameter) > self._ledger.room(OWNER, Residency.PINNED):
             return None
 
         def act(proceed: Proceed) -> Any:
             self._homes.note(leaf, name, parameter)
             put(leaf, name, parameter.detach().clone())
-            self._pinned.setdefault(leaf, {})[name] = size
+            self._pinned.setdefault(leaf, {})[name] = size(parameter)
             self.book()
             return proceed()
 

@@ -14,7 +14,7 @@ from ..files.bank import Bank, MappedFile
 from ..policy import Decision, Proceed
 from ..requests import MoveModule, MoveWeights, OffloadPart, OffloadWeights, Weights
 from .copies import Copies
-from .parameters import Home, Homes, fingerprints, parts, put
+from .parameters import Home, Homes, fingerprints, parts, put, size
 
 Placed = tuple[torch.nn.Module, str, torch.nn.Parameter, Home]
 
@@ -30,7 +30,7 @@ class _Leaving:
         self._before = self._on_device()
 
     def _on_device(self) -> int:
-        return sum(_bytes(parameter) for name, parameter in self._weights.module.named_parameters()
+        return sum(size(parameter) for name, parameter in self._weights.module.named_parameters()
                    if parameter.device.type != "cpu" and name not in self._patched)
 
     def tell(self) -> None:
@@ -83,7 +83,7 @@ class Offloader:
         leaving = _Leaving(weights)
         for leaf, name, _, home in self._unchanged(weights):
             put(leaf, name, home.tensor)
-            leaving.restored += _bytes(home.tensor)
+            leaving.restored += size(home.tensor)
         answer = proceed()
         self._copies.adopt_unchanged(weights.module)
         leaving.tell()
@@ -119,7 +119,7 @@ class Offloader:
             for leaf, name, parameter, home in placed:
                 if leaf._parameters.get(name) is parameter and parameter.device.type != "cpu":
                     put(leaf, name, home.tensor)
-                    leaving.restored += _bytes(home.tensor)
+                    leaving.restored += size(home.tensor)
             return proceed()
 
         return Decision("", act)
@@ -145,7 +145,3 @@ class Offloader:
             else:
                 self._homes.forget(leaf, name)
         return unchanged
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return sum(part.nbytes for part in parts(tensor))

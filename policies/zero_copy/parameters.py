@@ -39,6 +39,11 @@ def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [getattr(data, name) for name in data.__tensor_flatten__()[0]]
 
 
+def size(tensor: torch.Tensor) -> int:
+    """Bytes of all its parts."""
+    return sum(part.nbytes for part in parts(tensor))
+
+
 def fingerprint(tensor: torch.Tensor) -> int | None:
     """A 64-bit checksum of a tensor's bytes; None where it cannot be taken.
 

@@ -18,6 +18,7 @@ import numpy as np
 import psutil
 
 sys.path[:0] = [str(Path(__file__).parents[1])]
+from support.gguf_files import finish  # noqa: E402
 from support.loading import load  # noqa: E402
 
 load()
@@ -38,10 +39,7 @@ def build(path: Path) -> None:
     writer.add_token_merges([f"{one[:6]} {other[:6]}" for one, other in zip(words[:MERGES], words[-MERGES:], strict=True)])
     for index in range(400):
         writer.add_tensor(f"blk.{index}.weight", np.full((4, 32), index, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
 
 
 def rows(repeats: int = 7) -> list[tuple[str, float, float]]:
@@ -103,10 +101,7 @@ def _small(path: Path) -> None:
     for index in range(4):
         writer.add_tensor(f"t{index}", np.full((3, 32), index, np.float32))
     writer.add_tensor("q", np.zeros((2, 34), np.uint8), raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
 
 
 def _damaged(whole: bytes, rng: random.Random) -> bytes:

@@ -23,6 +23,7 @@ import comfy.ops
 import comfy.taesd.taesd
 import comfy.text_encoders.t5
 import gguf
+import gguf_files
 import numpy
 import safetensors.torch
 import torch
@@ -210,13 +211,7 @@ def as_llama_cpp(tensors):
 
 def save_gguf(tensors, path):
     architecture = "t5encoder" if "token_embd.weight" in tensors else "clip" if "clip_l" in str(path) else "flux"
-    writer = gguf.GGUFWriter(str(path), architecture)
-    for key, (array, kind) in tensors.items():
-        writer.add_tensor(key, array, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    gguf_files.save(path, architecture, tensors)
 
 
 MIX = "Q8_0", "Q4_K", "IQ4_XS", "MXFP4", "Q6_K", "Q5_1", "BF16"

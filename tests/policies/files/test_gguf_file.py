@@ -13,6 +13,7 @@ import torch
 from residency.policies.files import gguf_header
 from residency.policies.files.gguf_file import GGUFFile
 from residency.policies.files.gguf_header import GGUFError
+from support.gguf_files import finish
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
@@ -26,10 +27,7 @@ def made(tmp_path: Path) -> Callable[[Write], str]:
         path = str(tmp_path / "model.gguf")
         writer = gguf.GGUFWriter(path, "flux")
         write(writer)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        finish(writer)
         return path
     return make
 

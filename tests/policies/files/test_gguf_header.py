@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from residency.policies.files import gguf_header
 from residency.policies.files.gguf_header import GGUFError, Header
 from residency.policies.files.gguf_values import Strings
+from support.gguf_files import finish
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
 
@@ -73,10 +74,7 @@ def model(tmp_path: Path) -> str:
     writer.add_tensor("bytes", np.arange(7, dtype=np.int8))
     writer.add_tensor("blocks", np.arange(3 * 68, dtype=np.uint8).reshape(3, 68), raw_dtype=gguf.GGMLQuantizationType.Q8_0)
     writer.add_tensor("k", np.arange(2 * 144, dtype=np.uint8).reshape(2, 144), raw_dtype=gguf.GGMLQuantizationType.Q4_K)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return str(path)
 
 
@@ -112,10 +110,7 @@ def test_another_alignment_is_heeded(tmp_path: Path) -> None:
     writer.add_custom_alignment(256)
     for index in range(2):
         writer.add_tensor(f"t{index}", np.full(3, index, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     header = Header.read(str(path))
     assert (header.alignment, header.data_offset % 256) == (256, 0)
     assert [info.offset for info in header.tensors.values()] == [

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 from residency.policies.files.gguf_lazy_reader import LazyFields, lazy_reader
+from support.gguf_files import finish
 
 Lazy = lazy_reader(GGUFReader)
 WORDS = ["one", "", "zwölf", "x" * 300, "\0", "🙂"]
@@ -38,10 +39,7 @@ def write(path: Path, alignment: int | None = None, endianess: gguf.GGUFEndian =
         writer.add_tensor("blocks", np.arange(3 * 68, dtype=np.uint8).reshape(3, 68), raw_dtype=gguf.GGMLQuantizationType.Q8_0)
         writer.add_tensor("brain", np.arange(16, dtype=np.uint8).reshape(2, 8), raw_dtype=gguf.GGMLQuantizationType.BF16)
         writer.add_tensor("nothing", np.zeros((0, 4), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 

@@ -14,6 +14,7 @@ from residency.hooks.gguf_weights import is_gguf
 from residency.policies.policy import Refusal
 from residency.policies.requests import BuildModel, OpenModel, PatchWeight, ReadWeights, Request, WriteInPlace
 from residency.telemetry.sinks import Ring
+from support.gguf_files import save
 
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
 
@@ -21,15 +22,9 @@ Q8_0 = gguf.GGMLQuantizationType.Q8_0
 @pytest.fixture
 def path(tmp_path: Path) -> str:
     """A model with a quantised weight and a bias in float32."""
-    file = str(tmp_path / "model.gguf")
-    writer = gguf.GGUFWriter(file, "flux")
-    writer.add_tensor("weight", gguf.quants.quantize(numpy.ones((4, 64), numpy.float32), Q8_0), raw_dtype=Q8_0)
-    writer.add_tensor("bias", numpy.arange(4, dtype=numpy.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file
+    return save(tmp_path / "model.gguf", "flux", {
+        "weight": (gguf.quants.quantize(numpy.ones((4, 64), numpy.float32), Q8_0), Q8_0),
+        "bias": numpy.arange(4, dtype=numpy.float32)})
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from residency.hooks.host import Formats
 from residency.policies.files.bank import Bank
 from residency.policies.zero_copy import gguf_mmproj
 from residency.policies.zero_copy.gguf import weights
+from support.gguf_files import save
 
 Q8 = gguf.GGMLQuantizationType.Q8_0
 F32 = gguf.GGMLQuantizationType.F32
@@ -54,20 +55,9 @@ def as_converted(key: str, value: np.ndarray, split: bool) -> dict[str, np.ndarr
     return {MMPROJ.get_name(f"visual.{key}", (".weight", ".bias")): value}
 
 
-def write(path: Path, architecture: str, tensors: dict[str, Any]) -> str:
-    writer = gguf.GGUFWriter(str(path), architecture)
-    for name, (array, kind) in tensors.items():
-        writer.add_tensor(name, array, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return str(path)
-
-
 def encoder(folder: Path, name: str = "Qwen2.5-VL-7B-Instruct-Q4_K_M.gguf", architecture: str = "qwen2vl",
             width: int = 3584) -> str:
-    return write(folder / name, architecture, {"token_embd.weight": (np.zeros((4, width), np.float16), None)})
+    return save(folder / name, architecture, {"token_embd.weight": (np.zeros((4, width), np.float16), None)})
 
 
 def read(path: str) -> dict[str, torch.Tensor]:
@@ -93,7 +83,7 @@ def test_every_key_of_comfyuis_class(architecture: str, width: int, prefix: str,
             tensors[name] = gguf.quants.quantize(part, kind), kind
         blocks = gguf.quants.quantize(array, kind)
         dense[prefix + key] = torch.from_numpy(gguf.quants.dequantize(blocks, kind).reshape(array.shape))
-    write(tmp_path / "mmproj-Qwen-f16.gguf", "clip", tensors)
+    save(tmp_path / "mmproj-Qwen-f16.gguf", "clip", tensors)
     found = read(encoder(tmp_path, "Qwen-Q4_K_M.gguf", architecture, width))
     found.pop("model.embed_tokens.weight")
 
@@ -107,7 +97,7 @@ def test_attention_of_mixed_types_becomes_dense(tmp_path: Path) -> None:
     rows = np.random.default_rng(1).normal(size=(32, 32)).astype(np.float32)
     parts = {f"v.blk.0.attn_{part}.weight": (gguf.quants.quantize(rows, kind), kind)
              for part, kind in zip("qkv", (Q8, F32, Q8), strict=True)}
-    write(tmp_path / "Qwen2.5-VL-7B-Instruct-mmproj-BF16.gguf", "clip", parts)
+    save(tmp_path / "Qwen2.5-VL-7B-Instruct-mmproj-BF16.gguf", "clip", parts)
     found = read(encoder(tmp_path))["visual.blocks.0.attn.qkv.weight"]
 
     assert found.shape == (96, 32)

@@ -24,6 +24,7 @@ from residency.policies.files.bank import Bank
 from residency.policies.files.gguf_header import GGUFError
 from residency.policies.files.gguf_rows import apart
 from residency.policies.zero_copy.gguf import weights
+from support.gguf_files import save
 
 ARCH = gguf.MODEL_ARCH
 CONFIGS = Path(t5.__file__).parent
@@ -76,18 +77,12 @@ def permuted(array: np.ndarray, heads: int) -> np.ndarray:
 
 def write(path: Path, architecture: str, tensors: dict[str, Any], tokenizer: Callable[[Any], None] = lambda writer: None,
           **values: int) -> str:
-    writer = gguf.GGUFWriter(str(path), architecture)
-    for name, value in values.items():
-        writer.add_uint32(f"{architecture}.{name.replace('__', '.')}", value)
-    tokenizer(writer)
-    for name, value in tensors.items():
-        array, kind = value if isinstance(value, tuple) else (value, None)
-        writer.add_tensor(name, array, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return str(path)
+    def more(writer: Any) -> None:
+        for name, value in values.items():
+            writer.add_uint32(f"{architecture}.{name.replace('__', '.')}", value)
+        tokenizer(writer)
+
+    return save(path, architecture, tensors, more)
 
 
 def read(path: str) -> dict[str, torch.Tensor]:
