@@ -1,10 +1,11 @@
 """What policies may ask of ComfyUI: the capabilities that `policies/host.py` describes, and a few for the composition."""
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import comfy.memory_management
 import comfy.model_management
@@ -22,11 +23,24 @@ _GGUF_FOLDERS = ("diffusion_models", "text_encoders")
 class Reading:
     """Implements `policies.host.Reading`."""
 
+    _lock = threading.Lock()
+
     def maps_files_itself(self) -> bool:
         return bool(getattr(comfy.memory_management, "aimdo_enabled", False))
 
     def mmap_disabled(self) -> bool:
         return bool(getattr(comfy.utils, "DISABLE_MMAP", False))
+
+    def locate(self, tensor: torch.Tensor, file: BinaryIO, offset: int) -> None:
+        slices = getattr(comfy.memory_management, "TensorFileSlice", None)
+        if slices is None or not self.maps_files_itself():
+            return
+        # A lock guards the file's position, in newer hosts; in older ones only the thread that opened the file may read it.
+        known = {"file_ref": file, "lock": self._lock, "thread_id": threading.get_ident(), "offset": offset,
+                 "size": tensor.nbytes}
+        if set(slices._fields) <= set(known):
+            storage: Any = tensor.untyped_storage()
+            storage._comfy_tensor_file_slice = slices(**{name: known[name] for name in slices._fields})
 
     @contextmanager
     def torch_files_mapped(self) -> Iterator[None]:

@@ -74,6 +74,8 @@ def hooks(bank: Bank, stopwatch: Stopwatch) -> tuple[Hook, ...]:
             return  # nothing moved: a warm prompt
         told[weights.module] = state
         where = census(weights.module, bank)
+        if weights.streamed_by_host:  # its own pages there; the parameters stay where they are
+            where[Residency.DEVICE] = weights.on_device()
         emit("model.placed", model=weights.name, device=str(request.device), seconds=seconds,
              device_bytes=where[Residency.DEVICE], mapped_bytes=where[Residency.MAPPED], host_bytes=where[Residency.HOST])
 
@@ -110,7 +112,7 @@ def _patch(call: HostCall) -> PatchWeight | None:
         return None
 
     def at_use() -> None:
-        from .gguf_weights.ops import AtUse
+        from .gguf_weights.weighted import AtUse
 
         model, applied = ref(patcher.model), patcher.patches_uuid
         module.patch = AtUse(key, patcher.patches, lambda: getattr(model(), "current_weight_patches_uuid", None) == applied)

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import torch
 
@@ -16,6 +16,12 @@ class Reading(Protocol):
 
     def mmap_disabled(self) -> bool:
         """The user said `--disable-mmap`."""
+
+    def locate(self, tensor: torch.Tensor, file: BinaryIO, offset: int) -> None:
+        """Tells the host where in which open file the bytes of a mapped tensor are, to be read straight to the device.
+
+        Nothing where the host cannot do that. The file is kept open as long as the tensor's storage lives.
+        """
 
     def torch_files_mapped(self) -> AbstractContextManager[None]:
         """While inside, the host maps `.ckpt` and `.pt` files, as with `--mmap-torch-files`."""

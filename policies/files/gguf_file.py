@@ -54,6 +54,10 @@ class GGUFFile:
         shape = self.shape(name) if info.kind in PLAIN else (math.prod(info.shape[:-1]), -1)
         return torch.frombuffer(self._mapping, dtype=dtype, count=info.size // dtype.itemsize, offset=info.offset).view(shape)
 
+    def offset(self, name: str) -> int:
+        """Where in the file a tensor's bytes begin."""
+        return self.header.tensors[name].offset
+
     def kind(self, name: str) -> int:
         return self.header.tensors[name].kind
 

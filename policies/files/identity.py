@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import IO
 
 
 @dataclass(frozen=True)
@@ -15,12 +16,13 @@ class Identity:
     mtime_ns: int
 
     @classmethod
-    def of(cls, path: str) -> Identity:
-        """
+    def of(cls, path: str | IO[bytes]) -> Identity:
+        """Of what is under a path, or of an open file.
+
         Raises:
             OSError: there is no such file, or it may not be looked at.
         """
-        stat = os.stat(path)
+        stat = os.stat(path if isinstance(path, str) else path.fileno())
         return cls(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
     def overwritten_by(self, now: Identity) -> bool:

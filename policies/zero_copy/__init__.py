@@ -4,8 +4,9 @@ The path of the bytes: file, page cache, device. ComfyUI's classic patcher goes 
 on offload device, private RAM. Here a parameter *is* the file's mapping where the file's dtype is the parameter's, and on
 offload it is pointed at the mapping again: nothing is copied, and the page cache holds the only copy in RAM.
 
-It pays wherever the classic patcher runs. It does nothing with dynamic VRAM, where ComfyUI maps files itself, and little
-for weights that are converted on load (an fp8 `weight_dtype` of a bf16 file): those need their private copy.
+It pays wherever the classic patcher runs, and little for weights that are converted on load (an fp8 `weight_dtype` of a bf16
+file): those need their private copy. With dynamic VRAM ComfyUI maps files itself, but does not know GGUF: there only those are
+read here, and each weight says where in the file it is, so that ComfyUI streams it as it does its own formats.
 
 Windows: a copy-on-write view is charged to the commit limit in full, so a file that does not fit there is left to ComfyUI.
 Nothing guards against a file that is overwritten while a prompt runs; between prompts it is noticed, and the models rebuilt.
@@ -13,20 +14,13 @@ Nothing guards against a file that is overwritten while a prompt runs; between p
 from __future__ import annotations
 
 import gc
-import time
-import zipfile
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
-import safetensors
-
 from ... import settings as settings_module
-from ...telemetry import emit, log
-from ..files import pages
+from ...telemetry import emit
 from ..files.bank import MappedFile
 from ..files.identity import overwritten
 from ..memory import GB, Residency
@@ -52,13 +46,14 @@ from . import gguf
 from .building import Builder
 from .copies import Copies
 from .offload import Offloader
-from .parameters import Homes, is_plain
+from .parameters import Homes
+from .reading import Reader
 
 if TYPE_CHECKING:
     from .. import Tools
 
 NAME = "zero_copy"
-SAFETENSORS = (".safetensors", ".sft")
+_DYNAMIC = "ComfyUI's dynamic VRAM maps files itself, there is nothing to save"
 
 
 @dataclass(frozen=True)
@@ -82,13 +77,13 @@ class ZeroCopy(Policy):
         self._tools, self._bank = tools, tools.bank
         homes = Homes(tools.bank)
         self._builder = Builder(tools.bank, homes, settings.keep_file_dtype)
+        self._reader = Reader(tools, settings.read_ahead)
         self._copies = Copies(homes, tools)
         self._offloader = Offloader(homes, self._copies, tools.bank, self._builder.widen)
         self._told: WeakSet[MappedFile] = WeakSet()
-        self._reads_gguf = False
         self._rules = {
-            ReadWeights: self._read,
-            OpenModel: self._open,
+            ReadWeights: self._reader.read,
+            OpenModel: self._reader.open,
             BuildModel: self._builder.build,
             FillModule: self._builder.fill,
             PlaceModel: self._place,
@@ -105,17 +100,19 @@ class ZeroCopy(Policy):
         self.answers = frozenset(self._rules)
 
     def start(self) -> None:
-        reading = self._tools.host.reading
-        if reading.maps_files_itself():
-            raise Unfit("ComfyUI's dynamic VRAM maps the files itself, there is nothing to save")
+        reading, formats = self._tools.host.reading, self._tools.host.formats
         if reading.mmap_disabled():
             raise Unfit("ComfyUI was started with --disable-mmap")
-        reason = gguf.unavailable(self._tools.host.formats)
-        if reason is None:
-            self._tools.host.formats.offer_gguf(True)
-            self._reads_gguf = True
-        else:
-            emit("policy.declined", policy=f"{NAME}, GGUF files", reason=reason)
+        no_gguf, maps_itself = gguf.unavailable(formats), reading.maps_files_itself()
+        if no_gguf:
+            emit("policy.declined", policy=f"{NAME}, GGUF files", reason=no_gguf)
+        if maps_itself:
+            if no_gguf:
+                raise Unfit(_DYNAMIC)
+            emit("policy.declined", policy=f"{NAME}, all but GGUF files", reason=_DYNAMIC)
+        self._reader.takes_gguf, self._reader.takes_others = not no_gguf, not maps_itself
+        if not no_gguf:
+            formats.offer_gguf(True)
 
     def decide(self, request: Request) -> Decision | None:
         rule: Any = self._rules.get(type(request))
@@ -132,8 +129,8 @@ class ZeroCopy(Policy):
         self._sweep()
 
     def close(self) -> None:
-        if self._reads_gguf:
-            self._reads_gguf = False
+        if self._reader.takes_gguf:
+            self._reader.takes_gguf = False
             self._tools.host.formats.offer_gguf(False)
         self._bank.empty()
 
@@ -143,79 +140,6 @@ class ZeroCopy(Policy):
             room = min(room, int(self.settings.keep_gb * GB))
         self._tools.ledger.book(NAME, Residency.MAPPED, self._bank.sweep(room))
         self._copies.book()
-
-    def _read(self, request: ReadWeights) -> Decision | None:
-        if not request.on_cpu:
-            return None
-        if request.path.lower().endswith(SAFETENSORS):
-            if not pages.may_map(request.path):
-                return None
-            return Decision(f"{request.path}: the mapping is the copy", partial(self._lease, request))
-        if request.path.lower().endswith(".gguf"):
-            if not self._reads_gguf:
-                return None
-            return Decision(f"{request.path}: blocks stay in the mapping", partial(self._lease, request))
-        if zipfile.is_zipfile(request.path):
-            return Decision(f"{request.path}: torch can map this file", partial(self._map_torch_file, request))
-        return None
-
-    def _open(self, request: OpenModel) -> Decision | None:
-        if not self._reads_gguf:
-            return None
-
-        def act(proceed: Proceed) -> Any:
-            for name, value in request.options.items():
-                log.warning("[residency] %s = %s is superseded: blocks become dense in the dtype that the layer computes in, "
-                            "and a LoRA is added where the weight is used", name, value)
-            return proceed(replace(request, stock=True))
-
-        return Decision(f"{request.path}: opened as the stock loader opens it", act)
-
-    def _lease(self, request: ReadWeights, proceed: Proceed) -> Any:
-        started = time.perf_counter()
-        try:
-            lease = self._bank.lease(request.path)
-            is_gguf = lease.gguf is not None
-            tensors = gguf.weights(lease, self._tools.host.formats, self._bank.lease) if is_gguf else lease.tensors
-        except gguf.GGUFError as error:
-            emit("file.unreadable", file=request.path, reason=str(error))
-            raise Refusal(str(error)) from None  # the host cannot read it either, and would say something else
-        except (OSError, safetensors.SafetensorError) as error:
-            # The host meets the same file and raises its own error, which does not always name it.
-            emit("file.unreadable", file=request.path,
-                 reason=f"{error}. If it exists, it is damaged: download or copy it again")
-            return proceed()
-        self._read_ahead(lease.file)
-        emit("weights.read", file=lease.file.name, bytes=lease.file.identity.size,
-             seconds=time.perf_counter() - started, source="file" if lease.fresh else "bank")
-        return (tensors, lease.metadata) if request.with_metadata else tensors
-
-    def _map_torch_file(self, request: ReadWeights, proceed: Proceed) -> Any:
-        with self._tools.host.reading.torch_files_mapped():
-            answer = proceed()
-        state_dict = answer[0] if request.with_metadata else answer
-        # Some files (textual inversions) hold a list.
-        tensors = [value for value in state_dict.values() if is_plain(value)] if isinstance(state_dict, Mapping) else []
-        if tensors:
-            with suppress(OSError):  # gone already; what was read is good
-                self._bank.adopt(request.path, tensors)
-        return answer
-
-    def _read_ahead(self, file: MappedFile) -> None:
-        if not self.settings.read_ahead or file.end == 0:
-            return
-        resident = pages.resident_fraction(file.start, file.end, file.path)
-        if resident is None or resident > 0.95:
-            return
-        started = time.perf_counter()
-        tell = pages.Reporter(lambda percent: log.info("[residency] reading %s: %d %%", file.name, percent))
-
-        def progress(done: int, total: int) -> None:
-            self._tools.host.lifecycle.raise_if_cancelled()
-            tell(done, total)
-
-        size = pages.read_ahead(file.path, self._tools.ledger.room(NAME, Residency.MAPPED), progress)
-        emit("weights.read_ahead", file=file.name, bytes=size, seconds=time.perf_counter() - started)
 
     def _place(self, request: PlaceModel) -> Decision | None:
         for file in self._offloader.files_of(request.weights.module):

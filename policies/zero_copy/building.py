@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, OrderedDict
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -65,12 +66,23 @@ class Builder:
 
     def fill(self, request: FillModule) -> Decision | None:
         scope = _building.get()
-        if scope is None or request.assign or type(request.module) in self._ineffective:
+        if scope is None or type(request.module) in self._ineffective:
             return None
-        tensors = (value for value in request.state_dict.values() if isinstance(value, torch.Tensor))
-        if not any(self._bank.file_of(part) for value in tensors for part in parts(value)):
+        if not self._mapped(request.state_dict):
             return None
-        return Decision("", partial(self._fill, request, scope))
+        return Decision("", partial(self._watch if request.assign else self._fill, request, scope))
+
+    def _mapped(self, state_dict: Mapping[str, Any]) -> int:
+        """Bytes of its tensors that are a file's mapping."""
+        tensors = (part for value in state_dict.values() if isinstance(value, torch.Tensor) for part in parts(value))
+        return sum(tensor.nbytes for tensor in tensors if self._bank.file_of(tensor) is not None)
+
+    def _watch(self, request: FillModule, scope: _Scope, proceed: Proceed) -> Any:
+        """With dynamic VRAM the host assigns by itself."""
+        self._predicted += self._mapped(request.state_dict)
+        answer = proceed()
+        self._observed += self._score(request.module, {}, scope)
+        return answer
 
     def _fill(self, request: FillModule, scope: _Scope, proceed: Proceed) -> Any:
         plan = _Plan(request, self._bank, self._keep_file_dtype)
@@ -81,7 +93,7 @@ class Builder:
             self._kept[leaf] = names
             request.cast_at_use(leaf)
         predicted = sum(plan.mapped.values())
-        observed = self._score(request.module, plan, scope)
+        observed = self._score(request.module, plan.copied, scope)
         self._predicted += predicted
         self._observed += min(predicted, observed)
         if predicted > NOTABLE and observed < predicted / 2:
@@ -90,7 +102,7 @@ class Builder:
                  reason=f"{type(request.module).__name__} copies its weights; models of this class are left to ComfyUI")
         return answer
 
-    def _score(self, module: torch.nn.Module, plan: _Plan, scope: _Scope) -> int:
+    def _score(self, module: torch.nn.Module, copied: Mapping[MappedFile, int], scope: _Scope) -> int:
         """Counts what really is mapped now, by file, and what was copied from a file."""
         observed = 0
         for parameter in module.parameters():
@@ -99,7 +111,7 @@ class Builder:
                 if file is not None:
                     observed += part.nbytes
                     scope.mapped[file.name] += part.nbytes
-        for file, size in plan.copied.items():
+        for file, size in copied.items():
             scope.copied[file.name] += size
         return observed
 

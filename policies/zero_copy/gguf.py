@@ -15,12 +15,13 @@ from ..files import quants
 from ..files.bank import Lease
 from ..files.gguf_file import PLAIN, GGUFFile
 from ..files.gguf_header import GGUFError
-from ..host import Formats
+from ..files.identity import Identity
+from ..host import Formats, Reading
 from . import gguf_mmproj, gguf_text, gguf_tokenizer
 from .gguf_mmproj import Open
 from .gguf_text import Target
 
-__all__ = ["GGUFError", "GGUFFile", "unavailable", "weights"]
+__all__ = ["GGUFError", "GGUFFile", "locate", "unavailable", "weights"]
 
 
 def unavailable(formats: Formats) -> str | None:
@@ -57,6 +58,22 @@ def weights(lease: Lease, formats: Formats, lease_of: Open | None = None) -> dic
             state_dict |= gguf_mmproj.of(file.header, formats, lease_of)
     emit("gguf.read", file=lease.file.name, architecture=file.header.architecture, types_bytes=dict(types))
     return state_dict
+
+
+def locate(lease: Lease, reading: Reading) -> None:
+    """Tells a host that reads files straight to the device where the tensors are.
+
+    Raises:
+        OSError: the file is gone.
+    """
+    assert lease.gguf is not None
+    file = open(lease.file.path, "rb")  # noqa: SIM115  the tensors keep it
+    if Identity.of(file) != lease.file.identity:  # replaced since: what is mapped is what was asked for
+        file.close()
+        return
+    for name, tensor in lease.tensors.items():
+        if tensor.numel():
+            reading.locate(tensor, file, lease.gguf.offset(name))
 
 
 def _blocks(file: GGUFFile, name: str, tensor: torch.Tensor, target: Target, formats: Formats) -> torch.Tensor:

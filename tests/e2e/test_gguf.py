@@ -17,6 +17,13 @@ LORA = (("flux_mixed", 1.0),)
 FILE = "flux_mixed.gguf"
 
 
+@pytest.fixture(params=["cpu", "npu", "dynamic"])
+def pair(request: pytest.FixtureRequest) -> Pair:
+    """On the CPU, on the simulated accelerator, and there with dynamic VRAM."""
+    pair: Pair = request.getfixturevalue(f"{request.param}_pair")
+    return pair
+
+
 def twin(pair: Pair) -> str:
     return "flux_mixed_bf16" if pair.plugin.simulated else "flux_mixed_fp32"
 

@@ -1,7 +1,8 @@
-"""On a real CUDA device: the classic patcher with dynamic VRAM off, and dynamic VRAM, where there is nothing to do."""
+"""On a real CUDA device: the classic patcher with dynamic VRAM off, and dynamic VRAM, where only GGUF files are ours."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -60,15 +61,43 @@ def test_swapping_restores_without_a_copy(swapping: Pair) -> None:
     assert sum(event["copied_bytes"] for event in middle) == 0
 
 
-def test_dynamic_vram_is_left_alone(cuda: None, models: Path, tmp_path: Path) -> None:
-    """zero_copy says once that there is nothing to do, and the result is ComfyUI's."""
+def pages(server: Server) -> bool:
+    """Whether this ComfyUI runs dynamic VRAM on this card."""
+    return "DynamicVRAM support detected" in server.log()
+
+
+def test_dynamic_vram_keeps_its_own_formats(cuda: None, models: Path, tmp_path: Path) -> None:
+    """zero_copy says once what it leaves alone, and the result is ComfyUI's."""
     found = []
     for name in ("alone", "plugin"):
         with Server(COMFYUI, tmp_path / name, models, plugin=name == "plugin", device_args=[]) as server:
             server.run(workflows.both("middle_a", "middle_b"))
             found.append(server.latents("out_b"))
-            if name == "plugin" and "DynamicVRAM support detected" in server.log():
-                assert [event["policy"] for event in server.events("policy.declined")] == ["zero_copy"]
+            if name == "plugin" and pages(server):
+                assert [event["policy"] for event in server.events("policy.declined")] == ["zero_copy, all but GGUF files"]
                 assert server.events("weights.mapped") == []
 
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("room_gb", [None, 1.2], ids=["all of the card", "a small headroom"])
+def test_a_gguf_file_streams_with_dynamic_vram(cuda: None, models: Path, tmp_path: Path, room_gb: float | None) -> None:
+    """With and without LoRA, scheduled too, the latents are those of its dequantised twin, in ComfyUI's own paging."""
+    args = [] if room_gb is None else ["--reserve-vram", f"{torch.cuda.mem_get_info()[0] / 2**30 - room_gb:.3f}"]
+    flows = {"plain": workflows.text_to_latent, "lora": partial(workflows.text_to_latent, loras=(("middle", 1.0),)),
+             "hooked": partial(workflows.hooked_lora, lora="middle")}
+    with Server(COMFYUI, tmp_path, models, device_args=args) as server:
+        if not pages(server):
+            pytest.skip("no dynamic VRAM on this card")
+        for prefix, flow in flows.items():
+            server.run(flow("middle_q8_a_bf16", prefix=f"{prefix}_twin"))
+            server.run(flow("middle_q8_a.gguf", prefix=prefix))
+            assert torch.equal(server.latents(f"{prefix}_twin"), server.latents(prefix)), prefix
+        staged = [line for line in server.log().splitlines() if "prepared for dynamic VRAM loading. 39MB Staged" in line]
+        private = server.private_bytes()
+        server.run(workflows.text_to_latent("middle_q8_a.gguf", seed=2))
+
+        assert staged
+        assert server.private_bytes() - private < 10 * MB
+        assert next(event["copied_bytes"] for event in server.events("weights.mapped")) < 1 * MB
+        assert troubles(server, paged=True) == []

@@ -2,12 +2,17 @@
 from __future__ import annotations
 
 import sys
+from collections import namedtuple
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import comfy.memory_management
 import folder_paths
 import gguf
 import pytest
-from residency.hooks.host import Formats
+import torch
+from residency.hooks.host import Formats, Reading
 
 
 @pytest.fixture(autouse=True)
@@ -82,3 +87,46 @@ def test_a_host_without_quantised_tensors_says_so(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "comfy_kitchen.tensor", None)
 
     assert str(Formats().no_gguf()).startswith("this ComfyUI has no quantised tensors (")
+
+
+class TestLocating:
+    """A host with dynamic VRAM reads a tensor from the file itself."""
+
+    @pytest.fixture
+    def tensor(self) -> torch.Tensor:
+        return torch.zeros(4, dtype=torch.uint8)
+
+    def test_a_tensor_carries_its_place_in_the_file(self, tensor: torch.Tensor, tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+        """In the host's own words, and the host's own code reads it."""
+        monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", True)
+        path = tmp_path / "file"
+        path.write_bytes(b"0123456789")
+        with path.open("rb") as file:
+            Reading().locate(tensor, file, 3)
+            copy = torch.empty_like(tensor)
+
+            assert comfy.memory_management.read_tensor_file_slice_into(tensor, copy)
+        assert bytes(copy.tolist()) == b"3456"
+
+    def test_a_host_without_dynamic_vram_is_told_nothing(self, tensor: torch.Tensor, tmp_path: Path) -> None:
+        (tmp_path / "file").write_bytes(b"0123456789")
+        with (tmp_path / "file").open("rb") as file:
+            Reading().locate(tensor, file, 3)
+
+        assert not hasattr(tensor.untyped_storage(), "_comfy_tensor_file_slice")
+
+    @pytest.mark.parametrize("fields", [None, ("file_ref", "offset", "size", "something_new")])
+    def test_a_host_that_reads_in_another_way_is_told_nothing(self, tensor: torch.Tensor, tmp_path: Path, fields: Any,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+        """It copies from the mapping then."""
+        monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", True)
+        if fields is None:
+            monkeypatch.delattr(comfy.memory_management, "TensorFileSlice")
+        else:
+            monkeypatch.setattr(comfy.memory_management, "TensorFileSlice", namedtuple("TensorFileSlice", fields))
+        (tmp_path / "file").write_bytes(b"0123456789")
+        with (tmp_path / "file").open("rb") as file:
+            Reading().locate(tensor, file, 3)
+
+        assert not hasattr(tensor.untyped_storage(), "_comfy_tensor_file_slice")

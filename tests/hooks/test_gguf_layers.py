@@ -255,6 +255,49 @@ class TestPatching:
         assert torch.equal(plain, run(ours))
 
 
+class TestDynamicPatching:
+    """With dynamic VRAM the host gives a layer its LoRA as a function, and would quantise the patched weight anew."""
+
+    def patched(self, patcher: Any, functions: list[Any]) -> Any:
+        """As `ModelPatcherDynamic.load` leaves a layer."""
+        layer = patcher.model.layer
+        patcher.add_patches(lora())
+        layer.weight_lowvram_function = comfy.model_patcher.LowVramPatch("layer.weight", patcher.patches)
+        layer.weight_function = functions
+        return layer
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    def test_a_lora_on_blocks_runs_at_each_use(self, dtype: torch.dtype) -> None:
+        """After which come the host's other functions; what it is added to is the model's dtype, also where that is narrower
+        than the one computed in."""
+        ours, theirs = pair()
+        for functions in ([], [lambda weight: weight * 2]):
+            layer = self.patched(ours, functions)
+            assert layer.weight_lowvram_function is None
+            theirs.model.layer.weight_function = [comfy.model_patcher.LowVramPatch("layer.weight", ours.patches), *functions]
+
+            for _ in range(2):
+                assert torch.equal(run(theirs, dtype), run(ours, dtype))
+            ours.patches.clear()
+
+    def test_the_lora_is_gone_when_the_host_takes_it(self) -> None:
+        ours, theirs = pair()
+        layer = self.patched(ours, [])
+
+        layer.weight_lowvram_function = None
+
+        assert torch.equal(run(theirs), run(ours))
+
+    def test_a_lora_on_numbers_is_the_hosts(self) -> None:
+        """It can keep a patched weight of these, in the model's dtype."""
+        patcher = comfy.model_patcher.ModelPatcher(Model(Ops, torch.ones(ROWS, COLUMNS)), CPU, CPU)
+        layer = self.patched(patcher, [])
+
+        assert layer.weight_lowvram_function.key == "layer.weight"
+        assert layer.weight_function == []
+        assert (layer.weight_comfy_model_dtype, layer.bias_comfy_model_dtype) == (torch.bfloat16, torch.bfloat16)
+
+
 class TestWriting:
     @pytest.mark.parametrize("weight", [blocks(), torch.randn(ROWS, COLUMNS)], ids=["blocks", "another dtype"])
     def test_a_written_weight_is_used_until_the_files_is_back(self, live: None, weight: torch.Tensor) -> None:

@@ -3,8 +3,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -18,16 +20,20 @@ Save = Callable[..., str]
 
 
 class FakeReading:
-    """How the host reads; `mapped` counts the times it was told to map torch's files."""
+    """How the host reads; `mapped` counts the times it was told to map torch's files, `located` is where tensors are."""
 
     def __init__(self) -> None:
         self.maps, self.no_mmap, self.mapped = False, False, 0
+        self.located: list[tuple[torch.Tensor, bytes]] = []
 
     def maps_files_itself(self) -> bool:
         return self.maps
 
     def mmap_disabled(self) -> bool:
         return self.no_mmap
+
+    def locate(self, tensor: torch.Tensor, file: BinaryIO, offset: int) -> None:
+        self.located.append((tensor, os.pread(file.fileno(), tensor.nbytes, offset)))
 
     @contextlib.contextmanager
     def torch_files_mapped(self) -> Iterator[None]:

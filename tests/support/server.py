@@ -20,6 +20,8 @@ import torch
 PLUGIN = Path(__file__).parents[2]
 TESTING_NODES = Path(__file__).parent / "packs" / "testing_nodes"
 SIMULATED_NPU = Path(__file__).parent / "simulated_npu"
+SIMULATED_AIMDO = Path(__file__).parent / "simulated_aimdo"
+DYNAMIC_VRAM = ("--enable-dynamic-vram", "--disable-pinned-memory")
 MB = 2**20
 
 
@@ -37,6 +39,7 @@ class Server:
         plugin: whether the plugin is in `custom_nodes`.
         settings: the user's settings.toml for the plugin.
         device_mb: memory of the simulated accelerator; None runs on the CPU.
+        dynamic_vram: whether ComfyUI pages weights on it, by a simulated paging library.
         packs: folders of other packs, to be put into `custom_nodes`.
         plugin_first: whether the plugin is loaded before them.
     """
@@ -44,7 +47,7 @@ class Server:
     def __init__(self, comfyui: Path, base: Path, models: Path, *, plugin: bool = True, settings: str = "",
                  device_mb: int | None = None, args: Sequence[str] = (), env: Mapping[str, str] | None = None,
                  packs: Sequence[Path] = (), device_args: Sequence[str] | None = None,
-                 plugin_first: bool = True) -> None:
+                 plugin_first: bool = True, dynamic_vram: bool = False) -> None:
         self.base, self.plugin, self.plugin_first = base, plugin, plugin_first
         self._prepare(models, settings, packs)
         with socket.socket() as free:
@@ -53,11 +56,12 @@ class Server:
         variables = {**os.environ, "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2", **(env or {})}
         self._stats_file = base / "stats.json"
         if device_args is None:
-            device_args = ["--cpu"] if device_mb is None else []
+            device_args = ["--cpu"] if device_mb is None else DYNAMIC_VRAM if dynamic_vram else []
         if device_mb is not None:
             variables |= {"SIMNPU_MB": str(device_mb), "SIMNPU_STATS": str(self._stats_file),
-                          "PYTHONPATH": os.pathsep.join([str(SIMULATED_NPU), os.environ.get("PYTHONPATH", "")])}
-        self.simulated = device_mb is not None
+                          "PYTHONPATH": os.pathsep.join([str(SIMULATED_NPU), *([str(SIMULATED_AIMDO)] if dynamic_vram else []),
+                                                         os.environ.get("PYTHONPATH", "")])}
+        self.simulated, self.dynamic_vram = device_mb is not None, dynamic_vram
         self.log_file = base / "server.log"
         command = [sys.executable, str(comfyui / "main.py"), "--port", str(self.port), "--base-directory", str(base),
                    "--front-end-root", str(base / "web"), "--database-url", "sqlite:///:memory:", "--disable-api-nodes",
@@ -173,7 +177,8 @@ class Server:
         while not self._stats_file.exists() and time.monotonic() < end:
             time.sleep(0.01)
         stats = json.loads(self._stats_file.read_text())
-        return {"held": sum(stats["held"]), "to_device": stats["h2d_bytes"], "to_host": stats["d2h_bytes"]}
+        return {"held": sum(stats["held"]), "to_device": stats["h2d_bytes"], "to_host": stats["d2h_bytes"],
+                "from_file": stats["file_to_device_bytes"]}
 
     def private_bytes(self) -> int:
         """Private RAM, without the memory that plays the accelerator's."""

@@ -13,6 +13,7 @@ import torch
 from residency.hooks.gguf_weights import is_gguf
 from residency.policies.policy import Refusal
 from residency.policies.requests import BuildModel, OpenModel, PatchWeight, ReadWeights, Request, WriteInPlace
+from residency.policies.zero_copy.gguf import locate
 from residency.telemetry.sinks import Ring
 from support.gguf_files import save
 
@@ -102,6 +103,30 @@ def test_a_pack_opens_a_model_as_the_stock_node_does(started: Any, path: str, ca
 
     assert asked[0].stock
     assert "dequant_dtype = float16 is superseded" in caplog.text
+
+
+def test_a_host_that_reads_files_itself_learns_where_each_tensor_is(house: Any, path: str) -> None:
+    """And one that does not is told nothing."""
+    reading = house.tools.host.reading
+    for reading.maps in (False, True):
+        house.policy.start()
+        house.ask(ReadWeights(path, with_metadata=False, on_cpu=True), host)
+        assert bool(reading.located) == reading.maps
+
+    assert len(reading.located) == 2
+    assert all(tensor.contiguous().view(torch.uint8).numpy().tobytes() == data for tensor, data in reading.located)
+
+
+def test_a_file_that_was_replaced_meanwhile_is_not_told_of(house: Any, path: str) -> None:
+    """Its bytes would be others than those that are mapped."""
+    house.tools.host.reading.maps = True
+    lease = house.bank.lease(path)
+    Path(path).rename(f"{path}.old")
+    Path(path).write_bytes(b"another")
+
+    locate(lease, house.tools.host.reading)
+
+    assert house.tools.host.reading.located == []
 
 
 @pytest.mark.parametrize("blocks", [True, False])

@@ -223,9 +223,18 @@ class TestStarting:
         """The usual case."""
         house.policy.start()
 
-    def test_it_does_not_start_where_the_host_maps_itself(self, house: Any) -> None:
+    def test_where_the_host_maps_itself_only_gguf_files_are_left(self, house: Any, save: Save, ring: Ring) -> None:
         """Dynamic VRAM."""
         house.tools.host.reading.maps = True
+        house.policy.start()
+
+        assert [event.fields["policy"] for event in ring.named("policy.declined")] == ["zero_copy, all but GGUF files"]
+        assert house.policy.decide(ReadWeights(save(), with_metadata=False, on_cpu=True)) is None
+
+    def test_where_the_host_maps_itself_and_knows_no_blocks_nothing_is_left(self, house: Any) -> None:
+        """An older one, or one without its package for quantised tensors."""
+        house.tools.host.reading.maps = True
+        house.tools.host.formats.missing = "no quantised tensors"
         with pytest.raises(Unfit, match="dynamic VRAM"):
             house.policy.start()
 

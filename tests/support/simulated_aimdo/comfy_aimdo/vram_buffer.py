@@ -1,0 +1,1 @@
+"""Staging buffers. ComfyUI makes them for its streams, of which the simulated device has none."""
