@@ -88,6 +88,9 @@ class Formats:
 class Memory:
     """Implements `policies.host.Memory`, and tells telemetry what the devices hold."""
 
+    def free_bytes(self, device: str) -> int:
+        return int(comfy.model_management.get_free_memory(torch.device(device)))
+
     def can_pin(self) -> bool:
         return bool(getattr(comfy.model_management, "MAX_PINNED_MEMORY", 0) > 0)
 

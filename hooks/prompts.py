@@ -13,6 +13,7 @@ from ..policies.policy import Effect
 from ..policies.requests import EmptyMemory, RunPrompt
 from ..telemetry import emit
 from .call import HostCall
+from .gguf_weights.dense import METER
 from .host import Memory
 from .placement import Stopwatch
 from .registry import Hook
@@ -51,6 +52,9 @@ def hooks(listener: Listener, stopwatch: Stopwatch) -> tuple[Hook, ...]:
     def finished(call: HostCall, request: RunPrompt, answer: Any, seconds: float) -> None:
         effects = listener.chain.prompt_ended()
         now = process_memory()
+        size, took = METER.take()
+        if size:
+            emit("gguf.dequantised", prompt=request.prompt, bytes=size, seconds=took)
         emit("prompt.finished", prompt=request.prompt, ok=bool(call.instance.success), seconds=seconds,
              placing_seconds=stopwatch.take(), read_bytes=now.storage_read - read_before, private_bytes=now.private,
              file_bytes=now.file, device_bytes=memory.device_bytes(),

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from .gguf_weights import keeps_file_format
+from .gguf_weights.dense import DenseRoom
 
 
 class PatcherWeights:
@@ -35,10 +36,24 @@ class PatcherWeights:
         return {*self._patcher.patches, *hooked}
 
     def end_patches(self) -> None:
-        module: Any
-        for module in self.module.modules():
-            if keeps_file_format(module):
-                setattr(module, "patch", None)  # noqa: B010  torch types every attribute of a module as a tensor or a module
+        for layer in self._block_layers():
+            layer.patch = None
+
+    def dense_room(self) -> DenseRoom | None:
+        layers: list[Any] = [] if self.streamed_by_host else self._block_layers()
+        if layers and (layers[0].room is None or layers[0].room.device != self.load_device()):
+            room = DenseRoom(self.load_device(), layers)
+            for layer in layers:
+                layer.drop_dense()
+                layer.room = room
+        return layers[0].room if layers else None
+
+    def drop_dense(self) -> None:
+        for layer in self._block_layers():
+            layer.drop_dense()
+
+    def _block_layers(self) -> list[Any]:
+        return [module for module in self.module.modules() if keeps_file_format(module)]
 
     def size(self) -> int:
         """Bytes of all weights."""

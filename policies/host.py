@@ -50,6 +50,9 @@ class Formats(Protocol):
 class Memory(Protocol):
     """The host's view of memory."""
 
+    def free_bytes(self, device: str) -> int:
+        """What can be allocated on a device now."""
+
     def can_pin(self) -> bool:
         """The host page-locks weights that stay off the device."""
 

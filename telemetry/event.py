@@ -24,7 +24,8 @@ NAMES = frozenset({
     "policy.ineffective",   # policy, reason, predicted_bytes, observed_bytes
     "weights.read",         # file, bytes, seconds, source: bank | file
     "weights.read_ahead",   # file, bytes, seconds
-    "gguf.read",            # file, architecture, types_bytes by type
+    "gguf.read",            # file, architecture, header_seconds, types_bytes by type
+    "gguf.dequantised",     # prompt, bytes of dense weights, seconds: about, from a sample; null where the device has no clock
     "weights.mapped",       # file, bytes, copied_bytes, seconds
     "weights.restored",     # model, bytes, copied_bytes, seconds
     "weights.released",     # file, bytes, unmapped: true | false | null where the system cannot tell

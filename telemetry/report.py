@@ -86,7 +86,8 @@ class Report:
         self._prompts: list[Record] = []
         self._models: dict[str, _Model] = {}
         self._files: dict[str, _File] = {}
-        self._restored_bytes = self._copied_bytes = 0.0
+        self._gguf: dict[str, Record] = {}
+        self._restored_bytes = self._copied_bytes = self._dense_bytes = self._dense_seconds = 0.0
         self._trouble: Counter[Row] = Counter()
         for event in events:
             if event is None:
@@ -102,6 +103,11 @@ class Report:
             self._models.setdefault(_text(event, "model"), _Model()).add(event)
         elif name in ("weights.read", "weights.mapped", "weights.released"):
             self._files.setdefault(_text(event, "file"), _File()).add(event)
+        elif name == "gguf.read":
+            self._gguf.setdefault(_text(event, "file"), event)
+        elif name == "gguf.dequantised":
+            self._dense_bytes += _number(event, "bytes")
+            self._dense_seconds += _number(event, "seconds")
         elif name == "weights.restored":
             self._restored_bytes += _number(event, "bytes")
             self._copied_bytes += _number(event, "copied_bytes")
@@ -111,13 +117,16 @@ class Report:
             self._trouble[name, about, why] += 1
 
     def tables(self) -> list[Table]:
-        """Prompts, models, files, what a user may have to act on, and totals."""
+        """Prompts, models, files, GGUF files, what a user may have to act on, and totals."""
         return [
             self._prompt_table(),
             Table(("model", "placed", "seconds", "device MB", "mapped MB", "host MB", "released", "released MB", "seconds"),
                   [(name, *model.cells()) for name, model in self._models.items()]),
             Table(("file", "mapped", "mapped MB", "copied MB", "from bank", "released"),
                   [(name, *file.cells()) for name, file in self._files.items()]),
+            Table(("GGUF", "architecture", "header seconds", "types"),
+                  [(name, _text(event, "architecture"), f"{_number(event, 'header_seconds'):.2f}", _types(event))
+                   for name, event in self._gguf.items()]),
             Table(("event", "about", "times", "why"),
                   [(name, about, str(times), why) for (name, about, why), times in self._trouble.items()]),
             self._totals(),
@@ -146,6 +155,8 @@ class Report:
             ("MB read from storage", f"{size / MB:.0f}"),
             ("MB restored without a copy", f"{self._restored_bytes / MB:.0f}"),
             ("MB restored with a copy", f"{self._copied_bytes / MB:.0f}"),
+            ("MB dequantised", f"{self._dense_bytes / MB:.0f}"),
+            ("seconds dequantising, about", f"{self._dense_seconds:.2f}"),
         ])
 
 
@@ -156,6 +167,13 @@ def _number(event: Record, key: str) -> float:
 
 def _mb(event: Record, key: str) -> str:
     return f"{_number(event, key) / MB:.0f}" if key in event else "-"
+
+
+def _types(event: Record) -> str:
+    """Types and their bytes, the largest share first."""
+    sizes = event.get("types_bytes")
+    found = {name: _number(sizes, name) for name in sizes} if isinstance(sizes, dict) else {}
+    return ", ".join(f"{name} {size / MB:.0f} MB" for name, size in sorted(found.items(), key=lambda item: -item[1])) or "-"
 
 
 def _text(event: Record, *keys: str) -> str:

@@ -17,7 +17,7 @@ MB = 2**20
 # What the console shows at "info"; everything else needs "debug".
 _INFO = frozenset({
     "hook.declined", "hook.retired", "hook.shadowed", "hook.failed", "policy.declined", "policy.failed",
-    "policy.ineffective", "weights.read_ahead", "weights.mapped", "weights.restored", "weights.released",
+    "policy.ineffective", "weights.read_ahead", "gguf.read", "weights.mapped", "weights.restored", "weights.released",
     "file.changed", "file.unreadable", "model.placed", "prompt.finished", "plugin.started", "settings.changed",
     "memory.emptied",
 })
@@ -64,7 +64,8 @@ def _part(key: str, value: Any) -> str:
     if unit not in ("bytes", "seconds") or not name:
         return f"{key.replace('_', ' ')}: {_value(key, value)}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{_value(unit, inner)} on {where}" for where, inner in value.items())
+        link = "in" if name == "types" else "on"
+        return ", ".join(f"{_value(unit, inner)} {link} {where}" for where, inner in value.items())
     return f"{_value(unit, value)} {name.replace('_', ' ')}"
 
 

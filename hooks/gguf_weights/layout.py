@@ -15,6 +15,7 @@ from comfy_kitchen.tensor import QuantizedLayout, QuantizedTensor, register_layo
 from ...policies.files import quants
 from ...policies.files.gguf_rows import apart
 from . import LAYOUT
+from .dense import METER
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ class Layout(QuantizedLayout):  # type: ignore[misc]  # the host's packages have
 
     @classmethod
     def dequantize(cls, qdata: torch.Tensor, params: Blocks) -> torch.Tensor:
+        mark = METER.start(qdata.device)
         dense = quants.dequantize(qdata, params.kind, params.orig_shape, params.orig_dtype)
+        METER.stop(mark, dense.nbytes)
         return dense if params.heads is None else apart(dense, params.heads)
 
     @classmethod

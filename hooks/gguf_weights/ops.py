@@ -37,7 +37,7 @@ class Ops(comfy.ops.manual_cast):  # type: ignore[misc]  # the host has no types
 
         def forward_comfy_cast_weights(self, input: torch.Tensor) -> torch.Tensor:
             weight, bias, stream = comfy.ops.cast_bias_weight(self, input, offloadable=True)
-            output = torch.nn.functional.linear(input, self.dense(weight, input.dtype), bias)
+            output = torch.nn.functional.linear(input, self.kept(weight, input.dtype), bias)
             comfy.ops.uncast_bias_weight(self, weight, bias, stream)
             return output
 

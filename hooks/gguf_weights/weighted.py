@@ -13,6 +13,7 @@ import comfy.utils
 import torch
 
 from . import is_gguf
+from .dense import DenseRoom
 from .layout import typed
 from .saving import Saved
 from .scaled import unscaled
@@ -47,6 +48,7 @@ class Weighted(torch.nn.Module):
     Attributes:
         patch: a LoRA for weights that are loaded; for those that stream the host has its own list.
         written: the dense weight that a scheduled hook put in the place of the file's.
+        room: how much the layers of this model may keep dense; None where nobody said.
         weight_comfy_model_dtype, bias_comfy_model_dtype: what dynamic VRAM casts numbers to on their way to the device.
     """
 
@@ -60,6 +62,8 @@ class Weighted(torch.nn.Module):
         self._lowvram: Function | None = None
         self.patch: AtUse | None = None
         self.written: torch.Tensor | None = None
+        self.room: DenseRoom | None = None
+        self._kept: tuple[AtUse | None, torch.Tensor] | None = None
         for name in names:
             self.register_parameter(name, None)
 
@@ -82,6 +86,7 @@ class Weighted(torch.nn.Module):
 
     def register_parameter(self, name: str, param: Any) -> None:
         super().register_parameter(name, param)
+        self.drop_dense()
         self.written = None  # the host assigns what it backed up, where it undoes a patch without us
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -107,6 +112,7 @@ class Weighted(torch.nn.Module):
                 moved = fn(parameter)
                 if moved is not parameter:
                     self._parameters[name] = as_parameter(moved)
+        self.drop_dense()
         if self.written is not None:
             self.written = fn(self.written)
         return self
@@ -168,6 +174,25 @@ class Weighted(torch.nn.Module):
         own = self._parameters["weight"]
         restored = is_gguf(weight) or (weight.dtype == own.dtype and torch.equal(weight.to(own.device), own))
         self.written = None if restored else weight.to(self.computes_in)
+
+    def kept(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """As `dense`; weights that are on the device to stay are kept while there is room, and repeated steps find them."""
+        stays = is_gguf(weight) and weight.device == self._parameters["weight"].device and self.written is None
+        if self.room is None or not stays or not torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+            return self.dense(weight, dtype)
+        patch = self.patch if self.patch is not None and self.patch.in_force() else None
+        if self._kept is not None and self._kept[0] is patch and self._kept[1].dtype == dtype:
+            return self._kept[1]
+        self.drop_dense()
+        made = self.dense(weight, dtype)
+        if self.room.take(made.nbytes):
+            self._kept = patch, made
+        return made
+
+    def drop_dense(self) -> None:
+        if self._kept is not None and self.room is not None:
+            self.room.give_back(self._kept[1].nbytes)
+        self._kept = None
 
     def dense(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The weight to compute with, from what the host's cast returned."""

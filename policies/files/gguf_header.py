@@ -11,6 +11,7 @@ import math
 import mmap
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -58,6 +59,7 @@ class Header:
         table: offset of the first tensor's entry.
         end: offset past the last entry.
         data_offset: where the first tensor may lie; `TensorInfo.offset` has it in already.
+        seconds: that reading it took.
     """
 
     path: str
@@ -68,6 +70,7 @@ class Header:
     table: int
     end: int
     data_offset: int
+    seconds: float = 0.0
 
     @property
     def architecture(self) -> str | None:
@@ -84,6 +87,7 @@ class Header:
             OSError: the file cannot be read.
             GGUFError: it is no GGUF file that we can use. No mapping stays.
         """
+        started = time.perf_counter()
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if not size:  # which cannot be mapped
@@ -92,7 +96,7 @@ class Header:
                 header = cls.parse(whole, path, size, sizes)
                 places, end = header.kv.places, header.end
                 kept = mmap.mmap(file.fileno(), end, access=mmap.ACCESS_READ) if KEEPS_MAPPED else whole[:end]
-        return replace(header, kv=Values(kept, places))
+        return replace(header, kv=Values(kept, places), seconds=time.perf_counter() - started)
 
     @classmethod
     def parse(cls, buffer: Buffer, path: str, file_size: int, sizes: Mapping[int, tuple[int, int]] | None = None) -> Header:

@@ -28,6 +28,7 @@ from ..policy import Decision, Effect, Policy, Proceed, Refusal, Unfit
 from ..requests import (
     BuildModel,
     FillModule,
+    FreeMemory,
     MoveModule,
     MoveWeights,
     OffloadPart,
@@ -45,6 +46,7 @@ from ..requests import (
 from . import gguf
 from .building import Builder
 from .copies import Copies
+from .dense import DenseWeights
 from .offload import Offloader
 from .parameters import Homes
 from .reading import Reader
@@ -61,6 +63,7 @@ class Settings:
     keep_file_dtype: bool = False
     keep_gb: settings_module.Auto = field(default="auto", metadata=settings_module.AUTO)
     read_ahead: bool = True
+    keep_dense_gb: settings_module.Auto = field(default="auto", metadata=settings_module.AUTO)
 
 
 def create(settings: Settings, tools: Tools) -> Policy:
@@ -80,6 +83,7 @@ class ZeroCopy(Policy):
         self._reader = Reader(tools, settings.read_ahead)
         self._copies = Copies(homes, tools)
         self._offloader = Offloader(homes, self._copies, tools.bank, self._builder.widen)
+        self._dense = DenseWeights(tools, settings.keep_dense_gb)
         self._told: WeakSet[MappedFile] = WeakSet()
         self._rules = {
             ReadWeights: self._reader.read,
@@ -87,6 +91,7 @@ class ZeroCopy(Policy):
             BuildModel: self._builder.build,
             FillModule: self._builder.fill,
             PlaceModel: self._place,
+            FreeMemory: self._dense.free,
             MoveWeights: self._offloader.move,
             OffloadWeights: self._offloader.offload,
             OffloadPart: self._offloader.offload_part,
@@ -123,12 +128,14 @@ class ZeroCopy(Policy):
         return self._builder.take_effect()
 
     def emptied(self) -> None:
+        self._dense.drop()
         self._bank.empty()
         if self._bank.live():
             gc.collect()  # models die in cycles; the host collects right after us, too late for the check below
         self._sweep()
 
     def close(self) -> None:
+        self._dense.drop()
         if self._reader.takes_gguf:
             self._reader.takes_gguf = False
             self._tools.host.formats.offer_gguf(False)
@@ -142,9 +149,12 @@ class ZeroCopy(Policy):
         self._copies.book()
 
     def _place(self, request: PlaceModel) -> Decision | None:
-        for file in self._offloader.files_of(request.weights.module):
+        files = self._offloader.files_of(request.weights.module)
+        for file in files:
             if overwritten(file.path, file.identity):
                 return Decision(f"{file.name} was overwritten", partial(_refuse, file))
+        if any(file.path.lower().endswith(".gguf") for file in files):
+            return self._dense.place(request)
         return None
 
     def _run_prompt(self, request: RunPrompt) -> Decision | None:

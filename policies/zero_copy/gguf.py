@@ -56,7 +56,8 @@ def weights(lease: Lease, formats: Formats, lease_of: Open | None = None) -> dic
         state_dict |= gguf_tokenizer.of(file.header)
         if lease_of is not None:
             state_dict |= gguf_mmproj.of(file.header, formats, lease_of)
-    emit("gguf.read", file=lease.file.name, architecture=file.header.architecture, types_bytes=dict(types))
+    emit("gguf.read", file=lease.file.name, architecture=file.header.architecture,
+         header_seconds=file.header.seconds if lease.fresh else 0.0, types_bytes=dict(types))
     return state_dict
 
 

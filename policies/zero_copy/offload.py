@@ -80,6 +80,7 @@ class Offloader:
 
     def _offload(self, weights: Weights, proceed: Proceed) -> Any:
         weights.end_patches()
+        weights.drop_dense()
         leaving = _Leaving(weights)
         for leaf, name, _, home in self._unchanged(weights):
             put(leaf, name, home.tensor)
@@ -95,6 +96,7 @@ class Offloader:
         return Decision("", partial(self._offload_part, request.weights))
 
     def _offload_part(self, weights: Weights, proceed: Proceed) -> Any:
+        weights.drop_dense()
         # Compared all at once, though the host may take only some: one wait for the device instead of one for each module.
         leaving = _Leaving(weights)
         for placed in self._unchanged(weights):

@@ -18,7 +18,7 @@ import torch
 from residency.hooks import HookRegistry, all_hooks
 from residency.hooks.gguf_weights import is_gguf, keeps_file_format
 from residency.hooks.gguf_weights import ops as gguf_ops
-from residency.hooks.gguf_weights.layout import wrap
+from residency.hooks.gguf_weights.layout import Layout, wrap
 from residency.hooks.weights import PatcherWeights
 from residency.policies.files.bank import Bank
 from residency.policies.requests import PatchWeight, Request, WriteInPlace
@@ -253,6 +253,92 @@ class TestPatching:
         ours.unpatch_model(CPU)
 
         assert torch.equal(plain, run(ours))
+
+
+class TestKeepingDense:
+    """A weight that stays on the device may stay dense there."""
+
+    SIZE = ROWS * COLUMNS * 2
+
+    @pytest.fixture
+    def patcher(self) -> Any:
+        with torch.inference_mode():  # as the host builds models
+            ours, _ = pair()
+        room = PatcherWeights(ours).dense_room()
+        assert room is not None
+        room.resize(self.SIZE)
+        return ours
+
+    def held(self, patcher: Any) -> int:
+        return patcher.model.layer.room.held  # type: ignore[no-any-return]
+
+    @torch.inference_mode()
+    def test_it_is_found_at_the_next_use(self, patcher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With the same result, and without being dequantised."""
+        first = run(patcher)
+        assert self.held(patcher) == self.SIZE
+        monkeypatch.setattr(Layout, "dequantize", None)
+
+        assert torch.equal(first, run(patcher))
+
+    @torch.inference_mode()
+    @pytest.mark.parametrize("room", [SIZE - 1, 0])
+    def test_it_goes_where_there_is_no_room(self, patcher: Any, room: int) -> None:
+        first = run(patcher)
+        PatcherWeights(patcher).dense_room().resize(room)  # type: ignore[union-attr]
+
+        assert self.held(patcher) == 0
+        assert torch.equal(first, run(patcher))
+        assert self.held(patcher) == 0
+
+    @torch.inference_mode()
+    def test_a_lora_is_added_once(self, live: None, patcher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The kept weight has it; without it, or with another, the weight is made anew."""
+        _, theirs = pair()
+        plain = run(patcher)
+        for seed in (3, 4):
+            for each in (patcher, theirs):
+                each.unpatch_model(CPU)
+                each.patches.clear()
+                each.add_patches(lora(seed))
+                each.patch_model(CPU)
+            expected = run(theirs)
+            assert torch.equal(expected, run(patcher))
+            with monkeypatch.context() as patch:
+                patch.setattr(Layout, "dequantize", None)
+                assert torch.equal(expected, run(patcher))
+        patcher.unpatch_model(CPU)
+
+        assert torch.equal(plain, run(patcher))
+        assert self.held(patcher) == self.SIZE
+
+    @torch.inference_mode()
+    def test_it_goes_with_the_blocks(self, patcher: Any) -> None:
+        """When they leave the device, and when the host drops what it keeps for one."""
+        for leave in (lambda: patcher.model.to("meta"), PatcherWeights(patcher).drop_dense):
+            run(patcher)
+            assert self.held(patcher) == self.SIZE
+            leave()
+            assert self.held(patcher) == 0
+            if patcher.model.layer.weight.is_meta:
+                patcher.model.load_state_dict({"layer.weight": blocks(), "layer.bias": torch.ones(ROWS)})
+
+    @torch.inference_mode()
+    def test_what_a_hook_writes_is_used_in_its_place(self, live: None, patcher: Any) -> None:
+        before, written = run(patcher), torch.randn(ROWS, COLUMNS)
+        comfy.utils.copy_to_param(patcher.model, "layer.weight", written)
+
+        assert not torch.equal(before, run(patcher))
+
+    def test_outside_of_inference_mode_nothing_is_kept(self, patcher: Any) -> None:
+        """A tensor of one mode is not one of the other."""
+        run(patcher)
+
+        assert self.held(patcher) == 0
+
+    def test_a_model_of_numbers_has_no_room(self) -> None:
+        _, theirs = pair()
+        assert PatcherWeights(theirs).dense_room() is None
 
 
 class TestDynamicPatching:

@@ -61,10 +61,13 @@ class FakeFormats:
 
 
 class FakeMemory:
-    """Whether the host pins."""
+    """Whether the host pins, and what is free on every device."""
 
     def __init__(self) -> None:
-        self.pins = True
+        self.pins, self.free = True, 2**30
+
+    def free_bytes(self, device: str) -> int:
+        return self.free
 
     def can_pin(self) -> bool:
         return self.pins

@@ -35,6 +35,10 @@ big_flux.safetensors       2       1614          3          1  unknown
 gone.safetensors           0          0          0          0  no
 idle.safetensors           0          0          0          2  -
 
+GGUF       architecture  header seconds  types
+---------  ------------  --------------  ---------------------
+flux.gguf  flux                    0.04  Q4_K 700 MB, F32 2 MB
+
 event               about                                   times  why
 ------------------  --------------------------------------  -----  -------------------------------------
 hook.declined       comfy.utils.load_torch_file                 1  the host has no parameter 'ckpt'
@@ -47,14 +51,16 @@ policy.failed       zero_copy                                   1  RuntimeError:
 file.changed        big_flux.safetensors                        1  it was overwritten
 
 total
---------------------------  ----
-prompts                        2
-prompts that failed            1
-seconds                     7.21
-seconds placing models      1.54
-MB read from storage         807
-MB restored without a copy   900
-MB restored with a copy        7
+---------------------------  ----
+prompts                         2
+prompts that failed             1
+seconds                      7.21
+seconds placing models       1.54
+MB read from storage          807
+MB restored without a copy    900
+MB restored with a copy         7
+MB dequantised               1800
+seconds dequantising, about  0.25
 """
 
 
@@ -77,6 +83,10 @@ def emit_weights() -> None:
     emit("weights.released", file="idle.safetensors", bytes=MB, unmapped=True)
     for _ in range(2):
         emit("weights.read", file="idle.safetensors", bytes=MB, seconds=0.0, source="bank")
+    emit("gguf.read", file="flux.gguf", architecture="flux", header_seconds=0.044,
+         types_bytes={"F32": 2 * MB, "Q4_K": 700 * MB})
+    emit("gguf.dequantised", prompt="1ec408c7-4a5d", bytes=900 * MB, seconds=0.25)
+    emit("gguf.dequantised", prompt="004240a2-4a5d", bytes=900 * MB, seconds=None)
     for seconds, placed, mapped in ((0.5, 807 * MB, 0), (0.25, 500 * MB, 307 * MB)):
         emit("model.placed", model="Flux", device="cuda:0", seconds=seconds, device_bytes=placed, mapped_bytes=mapped,
              host_bytes=MB)

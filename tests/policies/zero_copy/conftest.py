@@ -25,6 +25,21 @@ class FakeWeights:
     kept_by_host: set[str] = field(default_factory=set)
     to_patch: set[str] = field(default_factory=set)
     patching: bool = True
+    room: Any = None
+    bytes_on_device: int = 0
+
+    def size(self) -> int:
+        return sum(parameter.nbytes for parameter in self.module.parameters())
+
+    def on_device(self) -> int:
+        return self.bytes_on_device
+
+    def dense_room(self) -> Any:
+        return self.room
+
+    def drop_dense(self) -> None:
+        if self.room is not None:
+            self.room.resize(0)
 
     def restored_by_host(self) -> set[str]:
         return self.kept_by_host
