@@ -1,8 +1,8 @@
 """`make demo`: the same stock workflow on a real ComfyUI, without the plugin and then with it.
 
 On a machine without an accelerator it runs on the CPU, and, where there is a C++ compiler, on a simulated accelerator too:
-a device with a hard memory limit that unmodified ComfyUI takes for an NPU. With an NVIDIA card it runs there, with dynamic
-VRAM off, because with dynamic VRAM the plugin has nothing to do.
+a device with a hard memory limit that unmodified ComfyUI takes for an NPU. With an NVIDIA card it runs there: safetensors files
+with dynamic VRAM off, because with it the plugin has nothing to do for them, and a GGUF file with ComfyUI's defaults.
 """
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from support.server import MB, Server
 from support.workflows import Workflow, both, text_to_latent
 
 MODELS = TREES.parent / "residency-models"
+SIMULATED = "simulated accelerator, 2200 MB (transfers are counted; seconds are this CPU's)"
 
 
 @dataclass
@@ -46,12 +47,17 @@ def run(name: str, folder: Path, prompts: list[Workflow], device_mb: int | None,
 
 
 def compare(title: str, device: str, prompts: list[Workflow], device_mb: int | None = None,
-            device_args: list[str] | None = None) -> None:
-    """Prints the table and the plugin's own report of its run."""
+            device_args: list[str] | None = None, alone_prompts: list[Workflow] | None = None) -> None:
+    """Prints the table and the plugin's own report of its run.
+
+    Args:
+        alone_prompts: what ComfyUI alone gets, where it cannot open the plugin's files.
+    """
     print(f"\n=== {title}\n    device: {device}; ComfyUI: {COMFYUI}\n", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        runs = {name: run(name, folder, prompts, device_mb, device_args) for name in ("alone", "Residency")}
+        each = {"alone": alone_prompts or prompts, "Residency": prompts}
+        runs = {name: run(name, folder, flows, device_mb, device_args) for name, flows in each.items()}
         alone, plugin = runs["alone"], runs["Residency"]
         same = torch.equal(alone.latents, plugin.latents) and alone.image == plugin.image
         rows = [("seconds, all prompts", f"{alone.seconds:.1f}", f"{plugin.seconds:.1f}"),
@@ -71,13 +77,18 @@ def compare(title: str, device: str, prompts: list[Workflow], device_mb: int | N
 
 def main() -> None:
     make_models(COMFYUI, MODELS, ("diffusion_models/big_fp32", "diffusion_models/big_a", "diffusion_models/big_b",
-                                  "text_encoders/clip_l", "vae/taesd"))
+                                  "diffusion_models/big_q8_a.gguf", "diffusion_models/big_q8_a_bf16", "text_encoders/clip_l",
+                                  "vae/taesd"))
     decoded = [text_to_latent("big_fp32", vae="taesd", seed=seed) for seed in (1, 2)]
     swap = [both("big_a", "big_b", seed=seed) for seed in (1, 2, 3)]
+    gguf, twin = ([text_to_latent(model, seed=seed) for seed in (1, 2)] for model in ("big_q8_a.gguf", "big_q8_a_bf16"))
+    about_gguf = ("A GGUF file in the stock Load Diffusion Model node, two prompts. ComfyUI alone, which cannot open it, gets "
+                  "the same weights dequantised")
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
         compare("Two models in one workflow, three prompts", f"{name}, dynamic VRAM off", swap,
                 device_args=["--disable-dynamic-vram"])
+        compare(about_gguf, f"{name}, ComfyUI's defaults", gguf, device_args=[], alone_prompts=twin)
         return
     compare("A 1.7 GB float32 model, two prompts", "CPU", decoded)
     reason = no_simulated_npu()
@@ -86,7 +97,8 @@ def main() -> None:
         return
     build_simulated_npu()
     compare("Two 850 MB models in one workflow, three prompts, on a device that holds one",
-            "simulated accelerator, 2200 MB (transfers are counted; seconds are this CPU's)", swap, device_mb=2200)
+            SIMULATED, swap, device_mb=2200)
+    compare(about_gguf, SIMULATED, gguf, device_mb=2200, alone_prompts=twin)
 
 
 if __name__ == "__main__":

@@ -234,6 +234,7 @@ MODELS = {
     "diffusion_models/middle_q8_a_bf16": lambda: dequantised(q8(2, hidden=512, depth=2, single=4), torch.bfloat16),
     "diffusion_models/middle_q8_b.gguf": lambda: q8(12, hidden=512, depth=2, single=4),
     "diffusion_models/big_q8_a.gguf": lambda: q8(2, hidden=1024, depth=6, single=12),
+    "diffusion_models/big_q8_a_bf16": lambda: dequantised(q8(2, hidden=1024, depth=6, single=12), torch.bfloat16),
     "diffusion_models/big_q8_b.gguf": lambda: q8(12, hidden=1024, depth=6, single=12),
     "diffusion_models/flux_a": lambda: flux(2),
     "diffusion_models/flux_b": lambda: flux(12),
