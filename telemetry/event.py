@@ -1,7 +1,7 @@
 """One frozen fact.
 
 Names form a closed list: a typo in a name is a bug that a test should find, not a line that a user's `grep` misses.
-Byte counts are fields that end in `bytes`, durations end in `seconds`.
+Byte counts are fields that end in `bytes`, durations end in `seconds`, speeds in `gb_s`.
 """
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ NAMES = frozenset({
     "weights.read_ahead",   # file, bytes, seconds
     "gguf.read",            # file, architecture, header_seconds, types_bytes by type
     "gguf.dequantised",     # prompt, bytes of dense weights, seconds: about, from a sample; null where the device has no clock
+    "gguf.kernel_chosen",   # type, dtype, device, torch_gb_s, fused_gb_s, chosen: torch | fused
     "weights.mapped",       # file, bytes, copied_bytes, seconds
     "weights.restored",     # model, bytes, copied_bytes, seconds
     "weights.released",     # file, bytes, unmapped: true | false | null where the system cannot tell

@@ -24,7 +24,7 @@ _INFO = frozenset({
 _WARNING = frozenset({"hook.failed", "policy.failed", "policy.ineffective", "file.changed", "file.unreadable", "hook.shadowed"})
 
 # What a line is about, in this order; then how it went, each with its preposition; and what comes last, after a colon.
-_SUBJECTS = ("file", "model", "hook", "policy", "request", "prompt")
+_SUBJECTS = ("file", "model", "hook", "policy", "request", "prompt", "type")
 _LINKS = {"bytes": "", "device": "on ", "by": "by ", "source": "from ", "seconds": "in "}
 _REASONS = ("reason", "error")
 
@@ -60,6 +60,8 @@ def _value(key: str, value: Any) -> str:
 
 def _part(key: str, value: Any) -> str:
     """A field with its name: `0 MB copied`, `1.80 s placing`, `12 MB on cuda:0`, `exercised: yes`."""
+    if key.endswith("_gb_s"):
+        return f"{value:.0f} GB/s {key.removesuffix('_gb_s')}"
     name, _, unit = key.rpartition("_")
     if unit not in ("bytes", "seconds") or not name:
         return f"{key.replace('_', ' ')}: {_value(key, value)}"

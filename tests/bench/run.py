@@ -132,7 +132,12 @@ def overhead() -> None:
 
 
 def gpu() -> None:
-    """The classic patcher on a CUDA card with all but a little of it reserved: models that swap, and one partly loaded."""
+    """Dequantisation on a CUDA card; and the classic patcher with all but a little of the card reserved: models that swap, and
+    one partly loaded."""
+    import dequantize_gpu
+
+    show(dequantize_gpu.title(), dequantize_gpu.HEAD, dequantize_gpu.table(torch.device("cuda", 0)))
+    torch.cuda.empty_cache()  # the servers count the room from what is free
     make_models(COMFYUI, MODELS, ("diffusion_models/big_a", "diffusion_models/big_b", "text_encoders/clip_l"))
     card = torch.cuda.get_device_name()
     scenarios = (("two 846 MB models swap", 2.2, lambda seed: workflows.both("big_a", "big_b", seed=seed, steps=4, size=512)),

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from . import fp4, i_quants, k_quants, legacy, ternary
+from . import fp4, fused, i_quants, k_quants, legacy, ternary
 from .bits import Scaled, whole
 from .kinds import KINDS, PLAIN, Kind, find
 
@@ -45,7 +45,7 @@ def dequantize(raw: torch.Tensor, kind: int, shape: Sequence[int], dtype: torch.
         out: where the result goes, contiguous and with the result's number of elements; otherwise new memory.
 
     Returns:
-        a tensor of this shape and dtype, on the device of `raw`. Nothing waits for the device.
+        a tensor of this shape and dtype, on the device of `raw`. Nothing waits for the device, but when `fused` measures.
 
     Raises:
         ValueError: the type is none of `KINDS`, the dtype is not a floating one, or the bytes or `out` do not fit.
@@ -67,7 +67,9 @@ def dequantize(raw: torch.Tensor, kind: int, shape: Sequence[int], dtype: torch.
         # torch reads no words from a view that begins in the middle of one; a compiler does not know where it begins.
         if not torch.compiler.is_compiling() and raw.storage_offset() % 4:
             raw = raw.clone()
-        _fill(out.view(-1, found.block), raw.view(-1, found.size), found)
+        values, blocks = out.view(-1, found.block), raw.view(-1, found.size)
+        fill = fused.kernel_for(blocks, found, values, _fill) or _fill
+        fill(values, blocks, found)
     return out.view(tuple(shape))
 
 

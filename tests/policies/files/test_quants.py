@@ -4,46 +4,19 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import gguf
-import numpy as np
 import pytest
 import torch
 from residency.policies.files import quants
 from residency.policies.files.quants import bits, tables
+from support.blocks import random_bytes, reference, same
 from torch._subclasses import FakeTensorMode
 
 NAMES = {kind.name: kind for kind in quants.KINDS.values()}
 HALVES = (torch.float16, torch.bfloat16)
 SMALL = ("BF16", "Q4_0", "Q5_1", "Q8_0", "Q3_K", "Q4_K", "IQ2_XXS", "IQ3_S", "IQ1_M", "IQ4_XS", "TQ1_0", "MXFP4", "NVFP4")
-# Zeros, the smallest and the largest subnormal, one, the largest number, infinities and NaNs, as float16.
-EDGES = np.array([0x0000, 0x8000, 0x0001, 0x83FF, 0x3C00, 0x7BFF, 0x7C00, 0xFC00, 0x7E00, 0xFE01], dtype=np.uint16)
 
 every_kind = pytest.mark.parametrize("kind", NAMES.values(), ids=NAMES)
 some_kinds = pytest.mark.parametrize("kind", [NAMES[name] for name in SMALL], ids=SMALL)
-
-
-def random_bytes(kind: quants.Kind, blocks: int, seed: int = 0) -> torch.Tensor:
-    """(blocks, size): any bytes, and an edge case of a float16 wherever in the first, or the last four, bytes one may be."""
-    random = np.random.default_rng(seed)
-    data = random.integers(0, 256, (blocks, kind.size), dtype=np.uint8)
-    starts = [start for start in (0, 2, kind.size - 4, kind.size - 2) if 0 <= start <= kind.size - 2]
-    for row in range(0, blocks, 2):
-        start = starts[row // 2 % len(starts)]
-        data[row, start:start + 2] = np.frombuffer(random.choice(EDGES).tobytes(), dtype=np.uint8)
-    return torch.from_numpy(data)
-
-
-def reference(raw: torch.Tensor, kind: quants.Kind) -> torch.Tensor:
-    """What `gguf` makes of the bytes, flat."""
-    with np.errstate(all="ignore"):
-        return torch.from_numpy(np.array(gguf.quants.dequantize(raw.numpy(), gguf.GGMLQuantizationType(kind.number)))).flatten()
-
-
-def same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Equal bit for bit (so zeros have their signs), any NaN being equal to any."""
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    words = {4: torch.int32, 2: torch.int16}[one.dtype.itemsize]
-    return bool(((one.view(words) == other.view(words)) | (one.isnan() & other.isnan())).all())
 
 
 def test_the_kinds_are_those_that_gguf_dequantises() -> None:
