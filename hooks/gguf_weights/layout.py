@@ -55,10 +55,7 @@ class Layout(QuantizedLayout):  # type: ignore[misc]  # the host's packages have
 
     @classmethod
     def dequantize(cls, qdata: torch.Tensor, params: Blocks) -> torch.Tensor:
-        mark = METER.start(qdata.device)
-        dense = quants.dequantize(qdata, params.kind, params.orig_shape, params.orig_dtype)
-        METER.stop(mark, dense.nbytes)
-        return dense if params.heads is None else apart(dense, params.heads)
+        return dense(qdata, params, params.orig_dtype)
 
     @classmethod
     def get_plain_tensors(cls, tensor: Any) -> tuple[torch.Tensor, ...]:
@@ -67,6 +64,16 @@ class Layout(QuantizedLayout):  # type: ignore[misc]  # the host's packages have
     @classmethod
     def state_dict_tensors(cls, qdata: torch.Tensor, params: Blocks) -> Mapping[str, torch.Tensor]:
         return {"": cls.dequantize(qdata, params)}  # whoever saves it wants weights that others can read
+
+
+def dense(blocks: torch.Tensor, params: Blocks, dtype: torch.dtype) -> torch.Tensor:
+    """The weights in this dtype. A compiler sees torch's own operations here, and cannot look into `dequantize` of a tensor."""
+    compiling = torch.compiler.is_compiling()
+    mark = None if compiling else METER.start(blocks.device)
+    made = quants.dequantize(blocks, params.kind, params.orig_shape, dtype)
+    if not compiling:
+        METER.stop(mark, made.nbytes)
+    return made if params.heads is None else apart(made, params.heads)
 
 
 def wrap(blocks: torch.Tensor, kind: int, shape: tuple[int, ...], heads: int | None = None) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 
 from . import is_gguf
 from .dense import DenseRoom
-from .layout import typed
+from .layout import dense, typed
 from .saving import Saved
 from .scaled import unscaled
 
@@ -167,7 +167,11 @@ class Weighted(torch.nn.Module):
     def added_to(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The dense weight in the dtype in which a LoRA is added, from the numbers that the layer computes with: a file that
         had been dequantised to that dtype before gives the same result."""
-        return (typed(weight, self.computes_in).dequantize() if is_gguf(weight) else weight.to(self.computes_in)).to(dtype)
+        return self._numbers(weight).to(dtype)
+
+    def _numbers(self, weight: Any) -> torch.Tensor:
+        """In the model's dtype."""
+        return dense(weight._qdata, weight._params, self.computes_in) if is_gguf(weight) else weight.to(self.computes_in)
 
     def write(self, weight: torch.Tensor) -> None:
         """Computes with this weight from now on; with the file's own if that is what it is."""
@@ -208,5 +212,5 @@ class Weighted(torch.nn.Module):
         # Rounded to the model's dtype first, which the host takes apart from the one it computes in: text encoders are float16
         # and compute in float32.
         if is_gguf(weight):
-            return typed(weight, self.computes_in).dequantize().to(dtype)
-        return weight if self.weight_function or not self.keeps_file_format else weight.to(self.computes_in).to(dtype)
+            return self._numbers(weight).to(dtype)
+        return weight if self.weight_function or not self.keeps_file_format else self._numbers(weight).to(dtype)

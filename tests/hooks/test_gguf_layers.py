@@ -150,6 +150,25 @@ class TestFilling:
         assert torch.equal(torch.full((ROWS, COLUMNS), 3, dtype=torch.bfloat16), layer.weight)
 
 
+class TestCompiling:
+    def test_a_compiler_takes_layers_of_several_types(self) -> None:
+        """Whose tables are constants of one graph."""
+        kinds = [gguf.GGMLQuantizationType[name] for name in ("Q8_0", "Q5_1", "MXFP4")]
+        array = numpy.random.default_rng(1).standard_normal((COLUMNS, COLUMNS), dtype=numpy.float32) / 8
+        layers = torch.nn.Sequential(*(Ops.Linear(COLUMNS, COLUMNS, bias=False, dtype=torch.bfloat16) for _ in kinds))
+        packed = [torch.from_numpy(gguf.quants.quantize(array, kind)) for kind in kinds]
+        layers.load_state_dict({f"{index}.weight": wrap(blocks, int(kind), array.shape)
+                                for index, (kind, blocks) in enumerate(zip(kinds, packed, strict=True))})
+        numbers = torch.linspace(-1, 1, 3 * COLUMNS).view(3, COLUMNS).bfloat16()
+
+        with torch.inference_mode():
+            expected = layers(numbers)
+            compiled = torch.compile(layers, backend="aot_eager")(numbers)
+
+        assert torch.equal(expected, compiled)
+        assert expected.std() > 0.01
+
+
 class TestMoving:
     def test_a_move_takes_the_bytes_along(self) -> None:
         """Torch's own `to` would move the wrapper only."""

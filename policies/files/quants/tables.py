@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch._subclasses import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 # (table, device) -> table; what is here stays.
 _resident: dict[tuple[object, torch.device], torch.Tensor] = {}
@@ -21,19 +22,21 @@ _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113
 
 def table(name: str, like: torch.Tensor) -> torch.Tensor:
     """The table of this name, on the device of `like`: one dimension, contiguous."""
+    if torch.compiler.is_compiling():
+        constant: torch.Tensor = _CONSTANTS[name](like.device)
+        return constant
     return _table(name, _BUILDERS[name], like)
 
 
 def numbers(values: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     """These numbers in the dtype of `like`, on its device."""
+    if torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=like.dtype, device=like.device)
     dtype = like.dtype
     return _table((values, dtype), lambda: torch.tensor(values, dtype=dtype), like)
 
 
 def _table(key: object, build: Callable[[], torch.Tensor], like: torch.Tensor) -> torch.Tensor:
-    if torch.compiler.is_compiling():
-        constant: torch.Tensor = _constant(key, like.device)
-        return constant
     if isinstance(like, FakeTensor):  # belongs to a trace, and ends with it
         return build().to(like.device)
     return _kept(key, build, like.device)
@@ -42,19 +45,22 @@ def _table(key: object, build: Callable[[], torch.Tensor], like: torch.Tensor) -
 def _kept(key: object, build: Callable[[], torch.Tensor], device: torch.device) -> torch.Tensor:
     found = _resident.get((key, device))
     if found is None:
-        # A normal tensor may be used inside of inference mode, an inference tensor not everywhere outside of it.
-        with torch.inference_mode(False):
+        # A normal tensor may be used inside of inference mode, an inference tensor not everywhere outside of it. What is built
+        # while somebody traces would be part of the trace.
+        with _disable_current_modes(), torch.inference_mode(False):
             found = _resident.setdefault((key, device), build().to(device))
     return found
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _constant(key: Any, device: torch.device) -> torch.Tensor:
-    """What the compiler takes as a constant, from an ordinary call while it traces."""
-    if isinstance(key, str):
-        return _kept(key, _BUILDERS[key], device)
-    values, dtype = key
-    return _kept(key, lambda: torch.tensor(values, dtype=dtype), device)
+def _constant(name: str) -> Callable[[torch.device], torch.Tensor]:
+    """What the compiler takes as a constant, from an ordinary call while it traces. It tells constants apart by the names in
+    the code that they come from, and fails on two of one name."""
+    def found(device: torch.device) -> torch.Tensor:
+        return _kept(name, _BUILDERS[name], device)
+
+    found.__code__ = found.__code__.replace(co_name=f"table_{name}".replace(" ", "_"))
+    marked: Callable[[torch.device], torch.Tensor] = torch.compiler.assume_constant_result(found)
+    return marked
 
 
 def _packed(entries: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -115,3 +121,4 @@ _BUILDERS: dict[str, Callable[[], torch.Tensor]] = {
     **{name: partial(_packed_grid, name, torch.int64) for name in ("IQ2_XXS", "IQ2_XS", "IQ2_S")},
     **{name: partial(_packed_grid, name, torch.int32) for name in ("IQ3_XXS", "IQ3_S")},
 }
+_CONSTANTS = {name: _constant(name) for name in _BUILDERS}

@@ -77,6 +77,16 @@ def test_a_gpu_gives_the_same(kind: quants.Kind, dtype: torch.dtype) -> None:
     assert same(result.cpu(), reference(raw, kind).to(dtype))
 
 
+def test_a_compiler_takes_all_types_in_one_graph() -> None:
+    """Each table is a constant of its own in it."""
+    def total(*raws: torch.Tensor) -> torch.Tensor:
+        return sum(quants.dequantize(raw, kind.number, (2, kind.block), torch.float32).nan_to_num(0, 0, 0).sum()  # type: ignore[return-value]
+                   for raw, kind in zip(raws, NAMES.values(), strict=True))
+
+    raws = [random_bytes(kind, 2) for kind in NAMES.values()]
+    assert torch.equal(total(*raws), torch.compile(total, backend="aot_eager", fullgraph=True)(*raws))
+
+
 @every_kind
 def test_a_changed_byte_changes_the_result(kind: quants.Kind) -> None:
     """Control: the comparison notices a single byte."""
