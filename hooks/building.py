@@ -23,6 +23,10 @@ _CASTABLE = (torch.nn.Linear, torch.nn.modules.conv._ConvNd)
 
 
 def _built(call: HostCall, request: BuildModel, answer: Any, seconds: float) -> None:
+    if answer is None and request.gguf:  # the host raises an error that names the file
+        says = (call.arguments().get("metadata") or {}).get("general.architecture", "nothing")
+        log.error("[residency] ComfyUI knows no model with these tensors. The GGUF file says that it is: %s", says)
+        return
     emit("model.built", model=request.kind, seconds=seconds)
 
 

@@ -132,12 +132,14 @@ def overhead() -> None:
 
 
 def gpu() -> None:
-    """Dequantisation on a CUDA card; and the classic patcher with all but a little of the card reserved: models that swap, and
-    one partly loaded."""
+    """On a CUDA card: dequantisation, a GGUF model, and the classic patcher with all but a little of the card reserved, where
+    models swap and one is partly loaded."""
     import dequantize_gpu
+    import gguf_gpu
 
     show(dequantize_gpu.title(), dequantize_gpu.HEAD, dequantize_gpu.table(torch.device("cuda", 0)))
     torch.cuda.empty_cache()  # the servers count the room from what is free
+    gguf_gpu.run(COMFYUI, MODELS, _comfyui_gguf())
     make_models(COMFYUI, MODELS, ("diffusion_models/big_a", "diffusion_models/big_b", "text_encoders/clip_l"))
     card = torch.cuda.get_device_name()
     scenarios = (("two 846 MB models swap", 2.2, lambda seed: workflows.both("big_a", "big_b", seed=seed, steps=4, size=512)),
@@ -162,13 +164,17 @@ def gpu() -> None:
         print(placed[-1], flush=True)
 
 
+def _comfyui_gguf() -> Path | None:
+    return Path(os.environ["COMFYUI_GGUF_PATH"]) if os.environ.get("COMFYUI_GGUF_PATH") else None
+
+
 def gguf() -> None:
     """Headers, dequantisation, and models that swap; against ComfyUI-GGUF where COMFYUI_GGUF_PATH names it."""
     import dequantize
     import gguf_header
     import gguf_swap
 
-    pack = Path(os.environ["COMFYUI_GGUF_PATH"]) if os.environ.get("COMFYUI_GGUF_PATH") else None
+    pack = _comfyui_gguf()
     show("GGUF header of a model with a vocabulary of 262,144 tokens", ("", "seconds", "times faster"), gguf_header.rows())
     show("20,000 headers with changed bytes", ("cases", "refused", "accepted", "peak memory, MB"), [gguf_header.fuzz()])
     show(dequantize.TITLE, dequantize.HEAD, dequantize.table(pack))

@@ -6,11 +6,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gguf
+import numpy
 import pytest
 import torch
 from conftest import COMFYUI
 from e2e.conftest import Pair, troubles
 from support import workflows
+from support.gguf_files import save
 from support.server import MB, PromptFailed, Server
 
 LORA = (("flux_mixed", 1.0),)
@@ -93,6 +96,35 @@ def test_weights_are_mapped_and_swap_without_a_copy(npu_pair: Pair) -> None:
     assert [line for line in server.maps("middle_q8_a") if "rw-p" in line] == maps
     mapped = {event["file"]: event for event in server.events("weights.mapped")}["middle_q8_a.gguf"]
     assert (mapped["bytes"] > 40 * MB, mapped["copied_bytes"] < 1 * MB) == (True, True)
+
+
+def test_a_workflow_that_comes_back_reads_nothing(npu_pair: Pair, models: Path) -> None:
+    """A, B, A in prompts of their own: ComfyUI drops A's model meanwhile, and its mapping is there for the next."""
+    server = npu_pair.plugin
+    server.free()
+    maps = []
+    for name in ("middle_q8_a.gguf", "middle_q8_b.gguf", "middle_q8_a.gguf"):
+        read = server.storage_bytes()
+        server.run(workflows.text_to_latent(name))
+        maps.append([line for line in server.maps("middle_q8_a") if "rw-p" in line])
+
+    assert server.storage_bytes() - read < (models / "diffusion_models" / name).stat().st_size / 100
+    assert [len(found) for found in maps] == [1, 1, 1]
+    assert maps[0] == maps[2]
+    assert [event["source"] for event in server.events("weights.read") if event["file"] == name][-1] == "bank"
+
+
+def test_a_model_that_nobody_knows_is_named_by_its_architecture(cpu_pair: Pair, models: Path) -> None:
+    """ComfyUI says which file it was, and a line what the file takes itself for."""
+    file = models / "diffusion_models" / "unknown.gguf"
+    save(file, "gpt-nobody", {"some.weight": numpy.ones((32, 256), numpy.float32),
+                              "more.weight": (numpy.zeros((32, 272), numpy.uint8), gguf.GGMLQuantizationType.Q8_0)})
+    try:
+        with pytest.raises(PromptFailed, match=r"unknown\.gguf"):
+            cpu_pair.plugin.run(workflows.text_to_latent("unknown.gguf"))
+    finally:
+        file.unlink()
+    assert "The GGUF file says that it is: gpt-nobody" in cpu_pair.plugin.log()
 
 
 def test_a_model_that_does_not_fit_streams_from_the_mapping(npu_pair: Pair, models: Path, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def _constant(name: str) -> Callable[[torch.device], torch.Tensor]:
         return _kept(name, _BUILDERS[name], device)
 
     found.__code__ = found.__code__.replace(co_name=f"table_{name}".replace(" ", "_"))
-    marked: Callable[[torch.device], torch.Tensor] = torch.compiler.assume_constant_result(found)
+    marked: Callable[[torch.device], torch.Tensor] = torch.compiler.assume_constant_result(found)  # type: ignore[no-untyped-call]
     return marked
 
 
