@@ -53,15 +53,20 @@ class ReadWeights(Request):
 
 @dataclass(frozen=True)
 class OpenModel(Request):
-    """A pack's node is about to open a GGUF model in its own way.
+    """A pack's node is about to open files in its own way, GGUF files among them.
 
     Attributes:
-        options: what the user chose on the node, besides the file.
-        stock: whether to open it as the host's own node would.
+        paths: of the files that make one model, in the order in which the user chose them.
+        text_encoder: whether they make one, or else a diffusion model.
+        options: what the user chose that the host's own node offers too, opaque here.
+        superseded: what the user chose besides, by its names on the node.
+        stock: whether to open them as the host's own node would.
     """
 
-    path: str
-    options: Mapping[str, Any]
+    paths: tuple[str, ...]
+    text_encoder: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+    superseded: Mapping[str, Any] = field(default_factory=dict)
     stock: bool = False
 
 

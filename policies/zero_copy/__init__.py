@@ -17,7 +17,7 @@ import time
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -48,7 +48,7 @@ from ..requests import (
     RunPrompt,
     WriteInPlace,
 )
-from . import gguf
+from . import gguf, opening
 from .building import Builder
 from .copies import Copies
 from .offload import Offloader
@@ -160,16 +160,7 @@ class ZeroCopy(Policy):
         return None
 
     def _open(self, request: OpenModel) -> Decision | None:
-        if not self._reads_gguf:
-            return None
-
-        def act(proceed: Proceed) -> Any:
-            for name, value in request.options.items():
-                log.warning("[residency] %s = %s is superseded: blocks become dense in the dtype that the layer computes in, "
-                            "and a LoRA is added where the weight is used", name, value)
-            return proceed(replace(request, stock=True))
-
-        return Decision(f"{request.path}: opened as the stock loader opens it", act)
+        return opening.decide(request) if self._reads_gguf else None
 
     def _lease(self, request: ReadWeights, proceed: Proceed) -> Any:
         started = time.perf_counter()
