@@ -10,7 +10,7 @@ from .gguf_weights.dense import DenseRoom
 
 
 class PatcherWeights:
-    """Implements `policies.requests.Weights` over any `ModelPatcher`."""
+    """Implements `policies.weights.Weights` over any `ModelPatcher`."""
 
     def __init__(self, patcher: Any) -> None:
         self._patcher = patcher

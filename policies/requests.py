@@ -1,74 +1,22 @@
 """What the host is about to do, in plain values. One class for each kind of question.
 
-Policies see the host's objects only through the protocols below; tensors and modules are torch's own.
+Policies see the host's models only as `weights.Weights`; tensors and modules are torch's own.
 """
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+
+from .weights import Weights
 
 
 class Request:
     """The base of all requests: something the host is about to do."""
 
     __slots__ = ()
-
-
-class DenseRoom(Protocol):
-    """How many bytes of dense weights the layers of one model keep on its device.
-
-    Attributes:
-        held: bytes that they keep now.
-    """
-
-    @property
-    def device(self) -> str: ...
-
-    @property
-    def held(self) -> int: ...
-
-    def resize(self, size: int) -> None:
-        """Sets how many bytes they may keep; if they keep more, all of them go."""
-
-
-class Weights(Protocol):
-    """A model's parameters, as policies see them."""
-
-    @property
-    def name(self) -> str:
-        """The model's class, as ComfyUI's log calls it."""
-
-    @property
-    def module(self) -> torch.nn.Module:
-        """The torch module that holds the parameters; shared by all clones."""
-
-    @property
-    def streamed_by_host(self) -> bool:
-        """The host keeps these weights in its own mapping (dynamic VRAM): nothing to move."""
-
-    def restored_by_host(self) -> set[str]:
-        """Names whose original the host holds itself and will put back (LoRA and hook backups)."""
-
-    def patched(self) -> set[str]:
-        """Names that a LoRA, a merge or a hook will change."""
-
-    def size(self) -> int:
-        """Bytes of all weights."""
-
-    def on_device(self) -> int:
-        """Bytes that the host counts as loaded on the device."""
-
-    def end_patches(self) -> None:
-        """Layers that patch their weights at each use stop doing so."""
-
-    def dense_room(self) -> DenseRoom | None:
-        """What layers over GGUF blocks may keep dense; None for a model without such layers, or one that the host streams."""
-
-    def drop_dense(self) -> None:
-        """Layers over GGUF blocks let go of dense weights."""
 
 
 @dataclass(frozen=True)
@@ -82,15 +30,20 @@ class ReadWeights(Request):
 
 @dataclass(frozen=True)
 class OpenModel(Request):
-    """A pack's node is about to open a GGUF model in its own way.
+    """A pack's node is about to open files in its own way, GGUF files among them.
 
     Attributes:
-        options: what the user chose on the node, besides the file.
-        stock: whether to open it as the host's own node would.
+        paths: of the files that make one model, in the order in which the user chose them.
+        text_encoder: whether they make one, or else a diffusion model.
+        options: what the user chose that the host's own node offers too, opaque here.
+        superseded: what the user chose besides, by its names on the node.
+        stock: whether to open them as the host's own node would.
     """
 
-    path: str
-    options: Mapping[str, Any]
+    paths: tuple[str, ...]
+    text_encoder: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+    superseded: Mapping[str, Any] = field(default_factory=dict)
     stock: bool = False
 
 

@@ -18,7 +18,7 @@ class Keeper(Protocol):
 
 
 class DenseRoom:
-    """How many bytes of dense weights the layers of one model may keep on its device. Implements `requests.DenseRoom`."""
+    """Implements `policies.weights.DenseRoom` over a model's layers."""
 
     def __init__(self, device: str, layers: Iterable[Keeper]) -> None:
         self.device, self.held, self._bytes = device, 0, 0

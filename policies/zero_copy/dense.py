@@ -13,7 +13,8 @@ from weakref import WeakSet
 
 from ..memory import GB
 from ..policy import Decision, Proceed
-from ..requests import DenseRoom, FreeMemory, PlaceModel
+from ..requests import FreeMemory, PlaceModel
+from ..weights import DenseRoom
 
 if TYPE_CHECKING:
     from .. import Tools

@@ -12,7 +12,8 @@ import torch
 from ...telemetry import emit
 from ..files.bank import Bank, MappedFile
 from ..policy import Decision, Proceed
-from ..requests import MoveModule, MoveWeights, OffloadPart, OffloadWeights, Weights
+from ..requests import MoveModule, MoveWeights, OffloadPart, OffloadWeights
+from ..weights import Weights
 from .copies import Copies
 from .parameters import Home, Homes, fingerprints, parts, put, size
 

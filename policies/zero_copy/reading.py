@@ -5,7 +5,6 @@ import time
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from ..files.bank import Lease, MappedFile
 from ..memory import Residency
 from ..policy import Decision, Proceed, Refusal
 from ..requests import OpenModel, ReadWeights
-from . import gguf
+from . import gguf, opening
 from .parameters import is_plain
 
 if TYPE_CHECKING:
@@ -57,16 +56,7 @@ class Reader:
         return None
 
     def open(self, request: OpenModel) -> Decision | None:
-        if not self.takes_gguf:
-            return None
-
-        def act(proceed: Proceed) -> Any:
-            for name, value in request.options.items():
-                log.warning("[residency] %s = %s is superseded: blocks become dense in the dtype that the layer computes in, "
-                            "and a LoRA is added where the weight is used", name, value)
-            return proceed(replace(request, stock=True))
-
-        return Decision(f"{request.path}: opened as the stock loader opens it", act)
+        return opening.decide(request) if self.takes_gguf else None
 
     def _lease(self, request: ReadWeights, proceed: Proceed) -> Any:
         started = time.perf_counter()

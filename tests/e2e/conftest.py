@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import COMFYUI, TREES
 from support.fixtures import build_simulated_npu, make_models, no_simulated_npu
-from support.server import TESTING_NODES, Server
+from support.server import GGUF_NODES, TESTING_NODES, Server
 from support.workflows import Workflow
 
 MODELS = (
@@ -24,7 +24,8 @@ MODELS = (
     "diffusion_models/flux_mixed_fp32", "diffusion_models/flux_mixed_bf16", "diffusion_models/middle_q8_a.gguf",
     "diffusion_models/middle_q8_b.gguf", "diffusion_models/middle_q8_a_bf16", "loras/flux_mixed",
     "text_encoders/t5_base.gguf", "text_encoders/t5_base_other.gguf", "text_encoders/t5_base_fp16",
-    "text_encoders/clip_l_q8.gguf", "text_encoders/clip_l_q8_fp16",
+    "text_encoders/clip_l_q8.gguf", "text_encoders/clip_l_q8_fp16", "text_encoders/clip_l_scaled_fp8",
+    "text_encoders/clip_l_scaled_fp16",
 )
 # Room for one of the middle models and what ComfyUI keeps free for sampling, but not for two.
 SMALL_DEVICE_MB = 1320
@@ -72,7 +73,7 @@ def troubles(server: Server, paged: bool = False) -> list[dict[str, Any]]:
 
 @contextmanager
 def started(models: Path, factory: pytest.TempPathFactory, device_mb: int | None, **more: Any) -> Iterator[Pair]:
-    options = {"device_mb": device_mb, "packs": [TESTING_NODES], **more}
+    options = {"device_mb": device_mb, "packs": [TESTING_NODES, GGUF_NODES], **more}
     with (Server(COMFYUI, factory.mktemp("alone"), models, plugin=False, **options) as alone,
           Server(COMFYUI, factory.mktemp("plugin"), models, **options) as plugin):
         yield Pair(alone, plugin)

@@ -110,6 +110,18 @@ def clip_l_fp8(seed):
     return {key: value.to(torch.float8_e4m3fn) if value.ndim == 2 else value for key, value in clip_l(seed).items()}
 
 
+def clip_l_scaled(seed, dtype):
+    """The layers' matrices in fp8 with a scale for each, as the host's older files have them; or in a wider dtype, scaled."""
+    state_dict = clip_l(seed)
+    for key in [key for key, value in state_dict.items() if value.ndim == 2 and "layers." in key]:
+        scale = state_dict[key].abs().max().float() / 448
+        narrow = (state_dict[key].float() / scale).to(torch.float8_e4m3fn)
+        state_dict[key] = narrow if dtype == narrow.dtype else (narrow.float() * scale).to(dtype)
+        if dtype == narrow.dtype:
+            state_dict[f"{key.removesuffix('.weight')}.scale_weight"] = scale
+    return state_dict | ({"scaled_fp8": torch.empty(2, dtype=dtype)} if dtype == torch.float8_e4m3fn else {})
+
+
 def quantised_flux(seed):
     """Linear weights in scaled fp8, each with the `comfy_quant` marker that the stock loader looks for."""
     marker = torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)
@@ -256,6 +268,8 @@ MODELS = {
     "text_encoders/clip_l_fp8": lambda: clip_l_fp8(6),
     "text_encoders/clip_l_q8.gguf": lambda: text_blocks(clip_l(26, torch.float32), ("Q8_0",), 26),
     "text_encoders/clip_l_q8_fp16": lambda: dequantised(text_blocks(clip_l(26, torch.float32), ("Q8_0",), 26), torch.float16),
+    "text_encoders/clip_l_scaled_fp8": lambda: clip_l_scaled(36, torch.float8_e4m3fn),
+    "text_encoders/clip_l_scaled_fp16": lambda: clip_l_scaled(36, torch.float16),
     "text_encoders/t5_base.gguf": lambda: as_llama_cpp(t5_base(21)),
     "text_encoders/t5_base_other.gguf": lambda: as_llama_cpp(t5_base(22)),
     "text_encoders/t5_base_fp16": lambda: dequantised(t5_base(21), torch.float16),

@@ -87,7 +87,7 @@ def test_where_files_cannot_be_opened_they_are_the_hosts(house: Any, path: str, 
     assert reasons[why] == event.fields["reason"]
     assert house.tools.host.formats.offered is None
     assert house.policy.decide(ReadWeights(path, with_metadata=False, on_cpu=True)) is None
-    assert house.policy.decide(OpenModel(path, {})) is None
+    assert house.policy.decide(OpenModel((path,))) is None
 
 
 def test_the_offer_ends_with_the_policy(started: Any) -> None:
@@ -95,16 +95,6 @@ def test_the_offer_ends_with_the_policy(started: Any) -> None:
     assert started.tools.host.formats.offered is True
     started.policy.close()
     assert started.tools.host.formats.offered is False
-
-
-def test_a_pack_opens_a_model_as_the_stock_node_does(started: Any, path: str, caplog: pytest.LogCaptureFixture) -> None:
-    """What the user chose there has no effect any more, and is named."""
-    asked: list[Any] = []
-
-    started.ask(OpenModel(path, {"dequant_dtype": "float16"}), asked.append)
-
-    assert asked[0].stock
-    assert "dequant_dtype = float16 is superseded" in caplog.text
 
 
 def test_a_host_that_reads_files_itself_learns_where_each_tensor_is(house: Any, path: str) -> None:

@@ -1,0 +1,60 @@
+"""A model's parameters, as policies see them. `hooks/weights.py` answers for ComfyUI's patchers."""
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+
+class DenseRoom(Protocol):
+    """How many bytes of dense weights the layers of one model keep on its device.
+
+    Attributes:
+        held: bytes that they keep now.
+    """
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def held(self) -> int: ...
+
+    def resize(self, size: int) -> None:
+        """Sets how many bytes they may keep; if they keep more, all of them go."""
+
+
+class Weights(Protocol):
+    """A model's parameters, as policies see them."""
+
+    @property
+    def name(self) -> str:
+        """The model's class, as ComfyUI's log calls it."""
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The torch module that holds the parameters; shared by all clones."""
+
+    @property
+    def streamed_by_host(self) -> bool:
+        """The host keeps these weights in its own mapping (dynamic VRAM): nothing to move."""
+
+    def restored_by_host(self) -> set[str]:
+        """Names whose original the host holds itself and will put back (LoRA and hook backups)."""
+
+    def patched(self) -> set[str]:
+        """Names that a LoRA, a merge or a hook will change."""
+
+    def size(self) -> int:
+        """Bytes of all weights."""
+
+    def on_device(self) -> int:
+        """Bytes that the host counts as loaded on the device."""
+
+    def end_patches(self) -> None:
+        """Layers that patch their weights at each use stop doing so."""
+
+    def dense_room(self) -> DenseRoom | None:
+        """What layers over GGUF blocks may keep dense; None for a model without such layers, or one that the host streams."""
+
+    def drop_dense(self) -> None:
+        """Layers over GGUF blocks let go of dense weights."""

@@ -1,0 +1,71 @@
+"""Nodes of packs that open GGUF files by themselves: by the stock loaders' way where it can be, and else from the mapping.
+
+The pack in `support/packs/gguf_nodes` does what such packs do. What it opens is compared with the dequantised twin.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from e2e.conftest import Pair
+from support import workflows
+from support.server import MB
+
+CLIP, TWIN = "clip_l_q8.gguf", "clip_l_q8_fp16.safetensors"
+
+
+def with_stock(*files: str, **options: Any) -> workflows.Workflow:
+    if len(files) > 1:
+        return workflows.two_encoders("sd3", files)
+    flow = workflows.text_to_latent("flux_a", clip=files[0])
+    flow["clip"]["inputs"] |= options
+    return flow
+
+
+def with_pack(*files: str, **options: Any) -> workflows.Workflow:
+    """The same with the pack's node."""
+    flow = with_stock(*files)
+    names = dict(zip(("name", "name2"), files, strict=False))
+    flow["clip"] = workflows.node("TextEncoderOfAPack", type=flow["clip"]["inputs"]["type"], **names, **options)
+    return flow
+
+
+def latents(pair: Pair, twin: workflows.Workflow, flow: workflows.Workflow) -> torch.Tensor:
+    """Runs the twin's workflow on ComfyUI alone and the pack's with the plugin; the latents must be equal."""
+    pair.alone.run(twin)
+    pair.plugin.run(flow)
+    expected, found = pair.alone.latents(), pair.plugin.latents()
+    assert torch.isfinite(expected).all()
+    assert torch.equal(expected, found), (expected - found).abs().max()
+    return found
+
+
+def test_a_text_encoder_ends_in_the_mapping(pair: Pair) -> None:
+    """Its latents are the twin's, and another encoder's are not. What has no meaning for us is said so."""
+    found = latents(pair, with_stock(TWIN), with_pack(CLIP, dequant_dtype="float16"))
+
+    decided = [event["reason"] for event in pair.plugin.events("policy.decided") if event["request"] == "OpenModel"]
+    mapped = {event["file"]: event for event in pair.plugin.events("weights.mapped")}[CLIP]
+    assert f"{CLIP}: opened as the stock loader opens them" in decided
+    assert "dequant_dtype = float16 is superseded" in pair.plugin.log()
+    assert mapped["bytes"] > 100 * MB
+    assert mapped["copied_bytes"] < 1 * MB
+    other = latents(pair, with_stock("clip_l_other.safetensors"), with_pack("clip_l_other.safetensors"))
+    assert float((other - found).abs().max() / found.std()) > 0.01
+
+
+def test_a_gguf_file_beside_another_format(cpu_pair: Pair) -> None:
+    """In float16, and in scaled fp8 on either side. Both fill one module, so the second is what computes."""
+    for first, second in (("clip_l_other.safetensors", CLIP), ("clip_l_scaled_fp8.safetensors", CLIP),
+                          (CLIP, "clip_l_scaled_fp8.safetensors")):
+        twins = [{CLIP: TWIN}.get(name, name.replace("fp8", "fp16")) for name in (first, second)]
+        latents(cpu_pair, with_stock(*twins), with_pack(first, second))
+
+
+def test_an_encoder_that_shall_stay_on_the_cpu_does(npu_pair: Pair) -> None:
+    """By the option that the stock node has too."""
+    before = len(npu_pair.plugin.events("model.placed"))
+    latents(npu_pair, with_stock(TWIN, device="cpu"), with_pack(CLIP, device="cpu"))
+
+    placed = [event for event in npu_pair.plugin.events("model.placed")[before:] if event["model"] == "SD1ClipModel"]
+    assert {"cpu"} == {event["device"] for event in placed}
