@@ -18,7 +18,7 @@ from .host import Host
 from .memory import Ledger, Limits
 from .policy import Policy, Unfit
 
-_VOCABULARY = frozenset({"chain", "files", "host", "memory", "policy", "requests"})
+_VOCABULARY = frozenset({"chain", "files", "host", "memory", "models", "policy", "requests"})
 
 
 @dataclass(frozen=True)

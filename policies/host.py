@@ -7,6 +7,8 @@ from typing import Protocol
 
 import torch
 
+from .models import Models, Server
+
 
 class Reading(Protocol):
     """How the host reads weight files."""
@@ -66,3 +68,5 @@ class Host:
     formats: Formats
     memory: Memory
     lifecycle: Lifecycle
+    models: Models
+    server: Server

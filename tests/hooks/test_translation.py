@@ -360,6 +360,7 @@ class TestPrompts:
     def executor(self) -> Any:
         executor = object.__new__(execution.PromptExecutor)
         executor.success = False
+        executor.caches = object()
         return executor
 
     def test_a_prompt_runs(self, host: Host, ring: Ring) -> None:
@@ -385,3 +386,12 @@ class TestPrompts:
         assert isinstance(host.request, EmptyMemory)
         assert ["emptied"] == host.prompts.told
         assert 1 == len(ring.named("memory.emptied"))
+
+    def test_an_executor_that_is_being_made_empties_nothing(self, host: Host, ring: Ring) -> None:
+        """It is made in the worker's thread, maybe after models were loaded at the start."""
+        host.watch("execution.PromptExecutor.reset")
+
+        object.__new__(execution.PromptExecutor).reset()
+
+        assert [] == host.prompts.told
+        assert [] == ring.named("memory.emptied")
