@@ -100,7 +100,8 @@ class Kept:
         self._answer, self._patchers = None, []
 
     def place(self) -> None:
-        comfy.model_management.load_models_gpu(self._patchers, force_full_load=True)
+        with torch.inference_mode():  # weights that were made inside cannot be moved outside
+            comfy.model_management.load_models_gpu(self._patchers, force_full_load=True)
 
     def follow_devices(self) -> None:
         for patcher, kind in zip(self._patchers, self._followed, strict=True):

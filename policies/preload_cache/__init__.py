@@ -51,7 +51,7 @@ class PreloadCache(Policy):
     def __init__(self, settings: Settings, tools: Tools) -> None:
         self.settings: Settings = settings
         self._tools = tools
-        self._snapshot = Snapshot(tools.host.models) if settings.snapshot else None
+        self._snapshot = Snapshot(tools.host.models, tools.bank) if settings.snapshot else None
         learned = Learned(Path(tools.host.server.folder()) / LEARNED) if settings.learn else None
         entries = Entries(tools.ledger, self._snapshot.same if self._snapshot else unchanged)
         self._loads = Loads(tools, entries, self._snapshot, learned)
@@ -93,7 +93,7 @@ class PreloadCache(Policy):
             log.warning("[residency] what was used cannot be remembered: %s", error)
 
     def emptied(self) -> None:
-        self._drop("the user asked for the memory")
+        self._drop("ComfyUI was asked to forget everything")
 
     def close(self) -> None:
         self._watch.stop()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ...telemetry import emit
+from ..files.bank import Bank
 from ..files.identity import Identity
 from ..models import Models, Recipe
 from ..policy import Decision, Proceed
@@ -23,8 +24,8 @@ _FOLDERS = {"vaes": "vae"}  # where the host's folder is not called as the kind
 class Snapshot:
     """Decides on reads and on looking for files."""
 
-    def __init__(self, models: Models) -> None:
-        self._models = models
+    def __init__(self, models: Models, bank: Bank) -> None:
+        self._models, self._bank = models, bank
         self._identities: dict[str, Identity] = {}
         self._paths: dict[tuple[str, str], str] = {}
         self._devices: Mapping[str, str] | None = None
@@ -86,6 +87,7 @@ class Snapshot:
             for key, value in state_dict.items():
                 if isinstance(value, torch.Tensor):
                     state_dict[key] = materialised(value)
+            self._bank.empty()  # the mapping that it was copied from
             return answer
 
         return Decision(f"{request.path}: copied into RAM, for a snapshot", act)
@@ -96,7 +98,10 @@ class Snapshot:
             return None
 
         def act(proceed: Proceed) -> Any:
-            names = proceed()
+            try:
+                names = proceed()
+            except FileNotFoundError:  # the whole folder is gone, or not mounted yet
+                names = []
             return [*names, *(name for name in held if name not in names)]
 
         return Decision("", act)
