@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from ...telemetry import emit
 from ..files.guard import Guard
 from ..files.identity import Identity
-from ..memory import Ledger, Residency, ram
+from ..memory import Ledger, Residency, ram, trim
 from ..models import Kept, Recipe
 from .keys import Key
 
@@ -158,6 +158,7 @@ class Entries:
         self._drop_guards()
         if entries:
             gc.collect()  # models die in cycles
+            trim()
             self._book()
 
     def drop_changed(self) -> None:

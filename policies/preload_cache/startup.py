@@ -1,12 +1,14 @@
 """What happens at the start: the lists are read, and loaded before the port opens or in the background."""
 from __future__ import annotations
 
+import gc
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...settings import SettingsError
 from ...telemetry import emit, log
+from ..memory import trim
 from . import wishes
 from .loads import Loads
 from .preloader import Preloader
@@ -38,6 +40,8 @@ class Startup:
         def work() -> None:
             preloader.run(self.wishes)
             if self._snapshot is not None:
+                gc.collect()
+                trim()  # what was freed would be in the snapshot too
                 self._snapshot.remember_devices()
 
         self._tools.host.server.at_start(self._settings.when == "before", work)

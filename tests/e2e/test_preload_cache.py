@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import COMFYUI
-from e2e.conftest import Pair, troubles
+from e2e.conftest import Pair, troubles, wait_for
 from support import workflows
 from support.server import MB, Server
 
@@ -26,13 +26,6 @@ def status(server: Server) -> dict[str, Any]:
     with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/residency/status", timeout=60) as answer:
         found: dict[str, Any] = json.loads(answer.read())
     return found
-
-
-def wait_for(true: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it did not come true"
-        time.sleep(0.05)
 
 
 def drop_from_page_cache(file: Path) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 from conftest import COMFYUI
-from e2e.conftest import Pair, troubles
-from e2e.test_preload_cache import loads, status, wait_for
+from e2e.conftest import Pair, troubles, wait_for
+from e2e.test_preload_cache import loads, status
 from support import workflows
 from support.server import MB, Server
 
@@ -121,7 +121,9 @@ vaes = [{name = "taesd.safetensors"}]
         assert server.device()["held"] > 0.95 * size
         assert status(server)["bytes"]["device"] > 0.95 * size
         server.free()
-        wait_for(lambda: server.device()["held"] < 1 * MB)
+        wait_for(lambda: bool(server.events("memory.emptied")), 60)
+        assert sum(event["bytes"] for event in server.events("model.released")) > 0.95 * size
+        assert status(server)["entries"] == []
         assert troubles(server) == []
 
 
