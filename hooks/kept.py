@@ -20,6 +20,7 @@ from ..policies.memory import Residency
 from . import devices
 
 _SAMPLES = 16
+_HOST_MARKS = {"_select_base_load_device", "_select_base_offload_device"}  # what the host's device nodes come back to
 _alone: ContextVar[bool] = ContextVar("residency_wanted_alone", default=False)
 
 
@@ -64,7 +65,7 @@ class Kept:
             factory = patcher.cached_patcher_init
             if factory is not None and not isinstance(factory[0], Reload):
                 patcher.cached_patcher_init = (Reload(factory[0]), *factory[1:])
-        self._layers, self._weights = _layers(patchers), _samples(patchers)
+        self._layers, self._marks, self._weights = _layers(patchers), _marks(patchers), _samples(patchers)
         self._followed = [kind if _devices(patcher) == devices.role(kind) else None
                           for patcher, kind in zip(patchers, map(self._kind, patchers), strict=True)]
 
@@ -92,6 +93,9 @@ class Kept:
     def altered(self) -> str | None:
         if _layers(self._patchers) != self._layers:
             return "another pack changed its layers"
+        marks = _marks(self._patchers) - self._marks
+        if marks:
+            return f"another pack set {', '.join(sorted(marks))} on it"
         now = _samples(self._patchers)
         changed = next((name for name, sample in self._weights.items() if now.get(name) != sample), None)
         return None if changed is None and len(now) == len(self._weights) else f"another pack changed the weight {changed}"
@@ -151,6 +155,11 @@ def _layers(patchers: list[Any]) -> list[tuple[str, type, bool, int]]:
     """Each layer by name and class, and whether somebody hangs on it."""
     return [(name, type(layer), "forward" in vars(layer), len(layer._forward_hooks) + len(layer._forward_pre_hooks))
             for patcher in patchers for name, layer in patcher.model.named_modules()]
+
+
+def _marks(patchers: list[Any]) -> set[str]:
+    """Private attributes of the models themselves, where packs leave notes for later loads."""
+    return {name for patcher in patchers for name in vars(patcher.model) if name.startswith("_")} - _HOST_MARKS
 
 
 def _originals(patcher: Any) -> Iterator[tuple[str, torch.Tensor]]:

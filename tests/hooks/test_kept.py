@@ -145,6 +145,12 @@ class TestAltered:
             one.modules()[0].get_parameter("second.weight").mul_(1.5)
         assert one.altered() == "another pack changed the weight 0.second.weight.0"
 
+    def test_a_note_that_a_pack_left_on_the_model(self) -> None:
+        """Where its weights are to go, for instance, which is not the next loader's wish."""
+        one = keep(patcher())
+        one.modules()[0]._allocation = "cuda:1,4gb"
+        assert one.altered() == "another pack set _allocation on it"
+
     @pytest.mark.parametrize("change", [
         lambda model: setattr(model.first, "forward", lambda x: x),
         lambda model: setattr(model, "second", torch.nn.Identity()),
