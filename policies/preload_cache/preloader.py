@@ -68,8 +68,9 @@ class Preloader:
     def _one(self, wish: Wish, place: str) -> int | None:
         """Loads one; gives its bytes, or None where it was skipped."""
         started = time.perf_counter()
-        size, problem = 0, self._problem(wish)
+        size = 0
         try:
+            problem = self._problem(wish)
             if problem is None:
                 paths = self._tools.host.models.paths(wish.recipe)
                 size = sum(map(os.path.getsize, paths))

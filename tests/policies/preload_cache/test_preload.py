@@ -143,6 +143,16 @@ def test_a_damaged_file_costs_its_model_and_not_the_start(machine: Machine, ring
     policy.close()
 
 
+def test_a_folder_that_cannot_be_listed_costs_its_models(machine: Machine, ring: Ring, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A drive that is not there yet."""
+    def gone(kind: str) -> list[str]:
+        raise FileNotFoundError("/mnt/models")
+
+    monkeypatch.setattr(machine.models, "choices", gone)
+    machine.start(diffusion_models=(model("d"),))
+    assert skipped(ring) == ["d: FileNotFoundError: /mnt/models"]
+
+
 def test_duplicates_are_loaded_once(machine: Machine) -> None:
     """Whatever they are called."""
     machine.has("diffusion_models", "d")
