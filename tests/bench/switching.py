@@ -78,6 +78,7 @@ def switch(comfyui: Path, models: Path, switches: int = 10) -> None:
          ("", "alone", "plugin", "ratio", "upper 95 %"),
          [("seconds a prompt, median", *(statistics.median(seconds[name]) for name in NAMES), mean, upper),
           ("MB from storage a switch", *(read[name] / switches / 1e6 for name in NAMES), read["plugin"] / read["alone"], ""),
+          ("milliseconds of a load that was kept, median", "", 1000 * statistics.median(hits), "", ""),
           ("milliseconds of a load that was kept, at most", "", 1000 * max(hits), "", ""),
           ("same latents", "", "yes" if same else "NO", "", "")])
 
