@@ -50,7 +50,7 @@ class Settings:
     """Everything a user can choose. `tables` holds each policy's own settings, by its name."""
 
     enabled: bool = True
-    policies: tuple[str, ...] = ("zero_copy",)
+    policies: tuple[str, ...] = ("preload_cache", "zero_copy")
     telemetry: Telemetry = Telemetry()
     memory: Memory = Memory()
     tables: Mapping[str, Any] = field(default_factory=dict, metadata={"table": False})
@@ -115,20 +115,27 @@ def fill(kind: type[T], table: Mapping[str, Any], origin: str, prefix: str = "")
     """Makes a settings dataclass from a TOML table.
 
     Args:
-        kind: a frozen dataclass. A field's metadata may hold `choices` (strings) and `minimum`.
+        kind: a frozen dataclass. A field's metadata may hold `choices` (strings), `minimum`, and `key` where TOML's name is no
+            name in Python. A field without a default must be there.
         origin: the file, for messages.
         prefix: the dotted path of the table, with its dot.
 
     Raises:
-        SettingsError: an unknown key, a wrong type, a value outside its choices or below its minimum.
+        SettingsError: an unknown or missing key, a wrong type, a value outside its choices or below its minimum.
     """
     hints = typing.get_type_hints(kind)
-    known = {f.name: f for f in dataclasses.fields(typing.cast(Any, kind)) if f.metadata.get("table", True)}
+    known = {f.metadata.get("key", f.name): f for f in dataclasses.fields(typing.cast(Any, kind))
+             if f.metadata.get("table", True)}
     values: dict[str, Any] = {}
     for key, value in table.items():
         if key not in known:
             raise SettingsError(f"{origin}: unknown key '{prefix}{key}'{nearest(key, known)}")
-        values[key] = _convert(hints[key], value, known[key].metadata, f"{origin}: '{prefix}{key}'", f"{prefix}{key}.")
+        slot = known[key]
+        values[slot.name] = _convert(hints[slot.name], value, slot.metadata, f"{origin}: '{prefix}{key}'", f"{prefix}{key}.")
+    missing = [key for key, slot in known.items() if slot.default is slot.default_factory is dataclasses.MISSING
+               and slot.name not in values]
+    if missing:
+        raise SettingsError(f"{origin}: '{prefix}{missing[0]}' is missing")
     return kind(**values)
 
 
@@ -144,6 +151,11 @@ def _convert(hint: Any, value: Any, limits: Mapping[str, Any], where: str, prefi
         if not isinstance(value, dict):
             raise SettingsError(f"{where} is a table, write [{prefix[:-1]}]")
         return fill(typing.cast(Any, hint), value, where.rpartition(": '")[0], prefix)
+    inner = typing.get_args(hint)[:1]
+    if inner and dataclasses.is_dataclass(inner[0]):
+        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+            raise SettingsError(f"{where} is a list of tables, write [[{prefix[:-1]}]]")
+        return tuple(_convert(inner[0], item, {}, where, prefix) for item in value)
     choices = limits.get("choices")
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is Auto:

@@ -16,6 +16,8 @@ import torch
 from ..policies.host import Host
 from ..telemetry import emit
 from .gguf_weights.reader import LazyReader
+from .models import Models
+from .startup import Server
 
 _GGUF_FOLDERS = ("diffusion_models", "text_encoders")
 
@@ -118,7 +120,7 @@ class Lifecycle:
 
 def connect() -> Host:
     """The host that we are running in."""
-    return Host(Reading(), Formats(), Memory(), Lifecycle())
+    return Host(Reading(), Formats(), Memory(), Lifecycle(), Models(), Server())
 
 
 def user_folder() -> Path:

@@ -5,7 +5,7 @@ errors of nodes, so a prompt's success is read from the executor.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from ..policies.memory import process_memory
@@ -65,7 +65,9 @@ def hooks(listener: Listener, stopwatch: Stopwatch) -> tuple[Hook, ...]:
         listener.chain.emptied()
         emit("memory.emptied", seconds=seconds)
 
-    empty: Callable[[HostCall], EmptyMemory] = lambda call: EmptyMemory()  # noqa: E731
+    def empty(call: HostCall) -> EmptyMemory | None:
+        return EmptyMemory() if hasattr(call.instance, "caches") else None  # without, the executor is being made
+
     return (
         Hook(Seam("execution", "PromptExecutor.execute", ("prompt_id",)), RunPrompt, run, report=finished),
         Hook(Seam("execution", "PromptExecutor.reset"), EmptyMemory, empty, report=emptied),

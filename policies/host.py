@@ -7,6 +7,8 @@ from typing import BinaryIO, Protocol
 
 import torch
 
+from .models import Models, Server
+
 
 class Reading(Protocol):
     """How the host reads weight files."""
@@ -75,3 +77,5 @@ class Host:
     formats: Formats
     memory: Memory
     lifecycle: Lifecycle
+    models: Models
+    server: Server

@@ -4,7 +4,10 @@ Limits come from the container (cgroup v2, then v1) where there is one; `psutil`
 """
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -13,6 +16,7 @@ import psutil
 
 GB = 2**30
 _CGROUPS = Path("/sys/fs/cgroup")
+_PRESSURE = Path("/proc/pressure/memory")
 
 
 class Residency(Enum):
@@ -91,6 +95,25 @@ def ram() -> tuple[int, int]:
         cache = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
         available = min(available, limit - used + cache)
     return total, max(0, available)
+
+
+def trim() -> None:
+    """Gives freed memory back to the system. glibc alone keeps what lies between blocks that live; elsewhere, nothing to do."""
+    if sys.platform == "linux":
+        with suppress(AttributeError):  # musl has no such call
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def stalled_seconds() -> float | None:
+    """Seconds that some task has waited for memory so far (PSI), in the container or else on the machine; None where the
+    kernel does not tell."""
+    for file in (*(folder / "memory.pressure" for folder, *_ in _cgroup_folder()), _PRESSURE):
+        try:
+            some = file.read_text().splitlines()[0]
+            return int(some.rpartition("total=")[2]) / 1e6
+        except (OSError, ValueError, IndexError):  # cgroup v1, or a kernel without PSI
+            continue
+    return None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .models import Kept, Recipe
 from .weights import Weights
 
 
@@ -17,6 +18,36 @@ class Request:
     """The base of all requests: something the host is about to do."""
 
     __slots__ = ()
+
+
+@dataclass(frozen=True)
+class LoadModel(Request):
+    """A loader is about to make a model from files. The answer is the host's own object.
+
+    Attributes:
+        options: everything else that the result depends on, the host's present devices too.
+        keep: makes of the host's answer something that can be lent again; None where it cannot.
+    """
+
+    kind: str
+    paths: tuple[str, ...]
+    options: Mapping[str, Any]
+    keep: Callable[[Any], Kept | None]
+    recipe: Recipe | None = None
+
+
+@dataclass(frozen=True)
+class ListFiles(Request):
+    """The files of a models folder are about to be listed. The answer is a list of names."""
+
+    folder: str
+
+
+@dataclass(frozen=True)
+class FindFile(ListFiles):
+    """A file of a models folder is looked for by its name. The answer is its path, or None."""
+
+    name: str
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,16 @@ NAMES = frozenset({
     "weights.released",     # file, bytes, unmapped: true | false | null where the system cannot tell
     "file.changed",         # file, reason
     "file.unreadable",      # file, reason
+    "cache.hit",            # model, bytes, seconds
+    "cache.miss",           # model, reason
+    "cache.evicted",        # model, bytes, private_bytes, reason
+    "cache.preloaded",      # model, bytes, seconds, description
+    "cache.skipped",        # model, reason: it was to be preloaded
+    "cache.ready",          # models, bytes, seconds, skipped: the preload list is done
+    "cache.stopped",        # reason: the rest of the preload list is not loaded
+    "cache.imported",       # file, wishes, auto_gpu_load, skipped: entries that cannot be used
+    "snapshot.ready",       # devices that the host chose, by kind of model
+    "snapshot.restored",    # devices that it chose anew
     "model.built",          # model, seconds
     "model.placed",         # model, device, seconds, device_bytes, mapped_bytes, host_bytes
     "model.released",       # model, device, seconds, bytes, partly

@@ -15,7 +15,7 @@ Record = Mapping[str, Any]
 
 # What a user may have to act on.
 _TROUBLE = frozenset({"hook.declined", "hook.shadowed", "hook.retired", "hook.failed", "policy.declined", "policy.ineffective",
-                      "policy.failed", "file.changed", "file.unreadable"})
+                      "policy.failed", "file.changed", "file.unreadable", "cache.skipped"})
 
 
 class Table(NamedTuple):
@@ -73,6 +73,27 @@ class _File:
         return (str(self.mapped), f"{self.bytes / MB:.0f}", f"{self.copied_bytes / MB:.0f}", str(self.from_bank), self.released)
 
 
+@dataclass
+class _Kept:
+    hits: int = 0
+    misses: int = 0
+    seconds: float = 0
+    evicted: int = 0
+    why: str = "-"  # it missed or left last
+
+    def add(self, event: Record) -> None:
+        if event["event"] == "cache.hit":
+            self.hits += 1
+            self.seconds += _number(event, "seconds")
+        else:
+            self.misses += event["event"] == "cache.miss"
+            self.evicted += event["event"] == "cache.evicted"
+            self.why = _text(event, "reason")
+
+    def cells(self) -> Row:
+        return str(self.hits), str(self.misses), f"{self.seconds:.2f}", str(self.evicted), self.why
+
+
 class Report:
     """What happened, added up.
 
@@ -86,6 +107,7 @@ class Report:
         self._prompts: list[Record] = []
         self._models: dict[str, _Model] = {}
         self._files: dict[str, _File] = {}
+        self._kept: dict[str, _Kept] = {}
         self._gguf: dict[str, Record] = {}
         self._restored_bytes = self._copied_bytes = self._dense_bytes = self._dense_seconds = 0.0
         self._trouble: Counter[Row] = Counter()
@@ -108,16 +130,18 @@ class Report:
         elif name == "gguf.dequantised":
             self._dense_bytes += _number(event, "bytes")
             self._dense_seconds += _number(event, "seconds")
+        elif name in ("cache.hit", "cache.miss", "cache.evicted"):
+            self._kept.setdefault(_text(event, "model"), _Kept()).add(event)
         elif name == "weights.restored":
             self._restored_bytes += _number(event, "bytes")
             self._copied_bytes += _number(event, "copied_bytes")
         elif name in _TROUBLE:
-            about = _text(event, "hook", "policy", "file")
+            about = _text(event, "hook", "policy", "file", "model")
             why = _text(event, "reason", "error", "by") if name != "hook.retired" else "another plugin wrapped on top of it"
             self._trouble[name, about, why] += 1
 
     def tables(self) -> list[Table]:
-        """Prompts, models, files, GGUF files, what a user may have to act on, and totals."""
+        """Prompts, models, files, GGUF files, loads that were kept, what a user may have to act on, and totals."""
         return [
             self._prompt_table(),
             Table(("model", "placed", "seconds", "device MB", "mapped MB", "host MB", "released", "released MB", "seconds"),
@@ -127,6 +151,8 @@ class Report:
             Table(("GGUF", "architecture", "header seconds", "types"),
                   [(name, _text(event, "architecture"), f"{_number(event, 'header_seconds'):.2f}", _types(event))
                    for name, event in self._gguf.items()]),
+            Table(("kept", "hits", "misses", "seconds of hits", "evicted", "why it missed or left last"),
+                  [(name, *kept.cells()) for name, kept in self._kept.items()]),
             Table(("event", "about", "times", "why"),
                   [(name, about, str(times), why) for (name, about, why), times in self._trouble.items()]),
             self._totals(),

@@ -19,9 +19,11 @@ _INFO = frozenset({
     "hook.declined", "hook.retired", "hook.shadowed", "hook.failed", "policy.declined", "policy.failed",
     "policy.ineffective", "weights.read_ahead", "gguf.read", "weights.mapped", "weights.restored", "weights.released",
     "file.changed", "file.unreadable", "model.placed", "prompt.finished", "plugin.started", "settings.changed",
-    "memory.emptied",
+    "memory.emptied", "cache.hit", "cache.evicted", "cache.preloaded", "cache.skipped", "cache.ready", "cache.stopped",
+    "cache.imported", "snapshot.ready", "snapshot.restored",
 })
-_WARNING = frozenset({"hook.failed", "policy.failed", "policy.ineffective", "file.changed", "file.unreadable", "hook.shadowed"})
+_WARNING = frozenset({"hook.failed", "policy.failed", "policy.ineffective", "file.changed", "file.unreadable", "hook.shadowed",
+                      "cache.skipped"})
 
 # What a line is about, in this order; then how it went, each with its preposition; and what comes last, after a colon.
 _SUBJECTS = ("file", "model", "hook", "policy", "request", "prompt", "type")

@@ -1,6 +1,7 @@
 """Settings: what is read, what is refused and in which words, and when they are read again."""
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from pathlib import Path
@@ -49,7 +50,7 @@ def test_shipped_file_has_every_key() -> None:
     """A key that the file does not show is one that nobody finds."""
     expected = {"enabled", "policies"}
     for name, kind in {"telemetry": Telemetry, "memory": Memory, **TABLES}.items():
-        expected |= {f"{name}.{key}" for key in vars(kind())}
+        expected |= {f"{name}.{field.metadata.get('key', field.name)}" for field in dataclasses.fields(kind)}
     assert keys(settings.tomllib.loads(SHIPPED.read_text(encoding="utf-8"))) == expected
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import psutil
 
 CHUNK = 16 * 2**20
@@ -80,6 +81,21 @@ def resident_fraction(start: int, end: int, path: str) -> float | None:
         return None
     # The low bit says "resident"; the others are reserved, and zero on every kernel that has them.
     return (pages - vector.raw.count(b"\0")) / pages
+
+
+def cached_fraction(path: str) -> float | None:
+    """How much of a file is in the page cache, 0 to 1; None where the system does not tell.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+    if sys.platform == "win32" or not os.path.getsize(path):
+        return None
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapping:
+        view = numpy.frombuffer(mapping, numpy.uint8)
+        start, size = view.ctypes.data, len(view)
+        del view  # a mapping with a view cannot be closed
+        return resident_fraction(start, start + size, path)
 
 
 def read_ahead(path: str, limit: int, progress: Callable[[int, int], None]) -> int:

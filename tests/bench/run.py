@@ -185,6 +185,20 @@ def gguf() -> None:
         gguf_swap.run(COMFYUI, MODELS, pack)
 
 
+def switch() -> None:
+    """Two workflows by turns."""
+    import switching
+
+    switching.switch(COMFYUI, MODELS)
+
+
+def start() -> None:
+    """The first prompt after a start."""
+    import switching
+
+    switching.start(COMFYUI, MODELS)
+
+
 def hook() -> None:
     """One intercepted call, on a function that does nothing."""
     from hook_cost import microseconds
@@ -193,7 +207,7 @@ def hook() -> None:
 
 
 BENCHES: dict[str, Callable[[], None]] = {"hook": hook, "load": load, "overhead": overhead, "swap": swap,
-                                          "partial": partial, "gguf": gguf, "gpu": gpu}
+                                          "partial": partial, "switch": switch, "start": start, "gguf": gguf, "gpu": gpu}
 
 if __name__ == "__main__":
     chosen = sys.argv[1:] or [name for name in BENCHES if name != "gpu" or torch.cuda.is_available()]

@@ -31,6 +31,8 @@ METHODS = {seam.path: seam for seam in SEAMS if "." in seam.path}
 
 # Copies of a function that no hook needs to reach: "module:name" of the copy, and why.
 COPIES_THAT_DO_NOT_MATTER: dict[str, str] = {}
+# Functions that the host keeps with a model, to load it once more (`cached_patcher_init`): `hooks.kept.Reload` minds them.
+FACTORIES = {"comfy.sd load_diffusion_model", "comfy.sd load_checkpoint_guess_config"}
 # Classes of the host that override a hooked method, and which; the hook does not see their calls unless they call `super()`.
 OVERRIDES = {
     "comfy.model_patcher:ModelPatcherDynamic": {"load", "partially_unload", "pin_weight_to_device", "unpatch_model"},
@@ -39,11 +41,15 @@ OVERRIDES = {
 ATTRIBUTES = {
     ("comfy.model_patcher", "ModelPatcher"): (
         "model", "backup", "hook_backup", "hook_patches", "patches", "load_device", "offload_device", "pinned",
-        "is_dynamic", "model_size", "loaded_size", "patches_uuid"),
+        "is_dynamic", "model_size", "loaded_size", "patches_uuid", "cached_patcher_init", "is_clip", "model_patches_to",
+        "clone"),
+    ("comfy.sd", "VAE"): ("patcher", "first_stage_model", "device"),
+    ("comfy.sd", "CLIP"): ("patcher", "clone"),
+    ("nodes", "VAELoader"): ("image_taes", "video_taes", "vae_list"),
     ("comfy.ops", "disable_weight_init"): ("Linear", "Embedding"),
     ("comfy.model_management", "LoadedModel"): ("model", "device"),
     ("comfy.ops", "CastWeightBiasOp"): ("comfy_cast_weights",),
-    ("execution", "PromptExecutor"): ("success", "reset"),
+    ("execution", "PromptExecutor"): ("success", "reset", "caches"),
 }
 
 
@@ -189,9 +195,9 @@ def test_no_hooked_function_is_kept_as_a_value(tree: Tree) -> None:
             *owner, name = dotted(node).split(".")
             seam = FUNCTIONS.get(name)
             if seam is not None and (owner[-1:] == seam.module.split(".")[-1:] or (not owner and module == seam.module)):
-                kept.add(f"{module}:{node.lineno} {name}")
+                kept.add(f"{module} {name}")
 
-    assert kept == set()
+    assert kept <= FACTORIES
 
 
 def test_every_override_of_a_hooked_method_is_known(tree: Tree) -> None:
@@ -212,6 +218,10 @@ def test_every_override_of_a_hooked_method_is_known(tree: Tree) -> None:
                     found[f"{module}:{node.name}"] = overridden
 
     assert found == OVERRIDES
+
+
+# What older versions lack, and the hooks do without.
+ABSENT = {"0.16.3": {("comfy.memory_management", "TensorFileSlice")}}
 
 
 def relied_on() -> set[tuple[str, str]]:
@@ -247,7 +257,8 @@ def test_finds_what_the_hooks_rely_on() -> None:
 
 def test_every_name_that_hooks_use_is_in_every_version(tree: Tree) -> None:
     """A name that went would raise in the middle of a load, or quietly turn a policy off."""
-    assert {(module, name) for module, name in relied_on() if tree.find(module, name) is None} == set()
+    missing = {(module, name) for module, name in relied_on() if tree.find(module, name) is None}
+    assert missing == ABSENT.get(tree.folder.name, set())
 
 
 def attributes(tree: Tree, module: str, name: str) -> set[str]:

@@ -1,7 +1,8 @@
 """Pairs of real servers: ComfyUI alone, and with the plugin, on the CPU and on the simulated accelerator."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,14 @@ def troubles(server: Server, paged: bool = False) -> list[dict[str, Any]]:
     names = ("hook.declined", "hook.failed", "hook.shadowed", "policy.declined", "policy.failed", "policy.ineffective")
     expected = "zero_copy, all but GGUF files" if paged or server.dynamic_vram else None
     return [event for event in server.events() if event["event"] in names and event.get("policy") != expected]
+
+
+def wait_for(true: Callable[[], bool], seconds: float = 20) -> None:
+    """Waits until something holds that nobody tells of."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not come true"
+        time.sleep(0.05)
 
 
 @contextmanager

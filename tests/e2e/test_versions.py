@@ -1,6 +1,7 @@
 """The same plugin on every ComfyUI release that we name."""
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -33,10 +34,10 @@ def test_dynamic_vram_streams_a_gguf_file_and_gives_the_latents_of_its_twin(vers
 
 
 @pytest.mark.parametrize("version", VERSIONS[:-1])  # the other tests run on the last
-def test_a_workflow_swaps_models_and_gives_the_same_latents(version: str, models: Path, simulated_npu: None,
+def test_a_workflow_swaps_models_loads_each_once_and_gives_the_same_latents(version: str, models: Path, simulated_npu: None,
                                                             tmp_path: Path) -> None:
-    """Two models, a LoRA and a GGUF file on a device that holds one model: mapped, swapped without a copy, and the same bit
-    for bit."""
+    """Two models, a LoRA and a GGUF file on a device that holds one model: mapped, swapped without a copy, loaded once though
+    three workflows take turns, and the same bit for bit."""
     found = {}
     for name in ("alone", "plugin"):
         with Server(TREES / version, tmp_path / name, models, plugin=name == "plugin", device_mb=SMALL_DEVICE_MB) as server:
@@ -52,5 +53,9 @@ def test_a_workflow_swaps_models_and_gives_the_same_latents(version: str, models
                 assert troubles(server) == []
                 assert server.events("plugin.started")[0]["host"] == version
                 assert copied < 1 * MB
+                misses = Counter(event["model"] for event in server.events("cache.miss"))
+                hits = {event["model"] for event in server.events("cache.hit")}
+                assert set(misses.values()) == {1}
+                assert {"middle_a.safetensors", "middle_b.safetensors"} <= hits
 
     assert [torch.equal(alone, plugin) for alone, plugin in zip(found["alone"], found["plugin"], strict=True)] == [True] * 4

@@ -34,8 +34,14 @@ EXERCISED = {
     "comfy.model_patcher.ModelPatcher.partially_unload",
     "torch.nn.modules.module.Module.to",
 }
-# These want a model's real state dict, or a prompt.
+# These want a model's real state dict or file, or a prompt.
 NOT_EXERCISED = {
+    "comfy.sd.load_diffusion_model",
+    "comfy.sd.load_checkpoint_guess_config",
+    "comfy.sd.load_clip",
+    "nodes.VAELoader.load_vae",
+    "folder_paths.get_filename_list",
+    "folder_paths.get_full_path",
     "comfy.sd.load_diffusion_model_state_dict",
     "comfy.sd.load_state_dict_guess_config",
     "comfy.sd.load_text_encoder_state_dicts",

@@ -15,18 +15,24 @@ import comfy.ops
 import comfy.sd
 import comfy.utils
 import execution
+import folder_paths
+import nodes
 import pytest
 import torch
-from residency.hooks import HookRegistry, all_hooks
+from residency.hooks import HookRegistry, all_hooks, kept
 from residency.hooks.gguf_weights.layout import wrap
 from residency.hooks.gguf_weights.ops import Ops
 from residency.policies.files.bank import Bank
+from residency.policies.models import Recipe
 from residency.policies.policy import Effect
 from residency.policies.requests import (
     BuildModel,
     EmptyMemory,
     FillModule,
+    FindFile,
     FreeMemory,
+    ListFiles,
+    LoadModel,
     MoveModule,
     OffloadWeights,
     PatchWeight,
@@ -127,6 +133,108 @@ class TestReading:
 
         ((call,), expected) = (host.calls, {"ckpt": "b.safetensors", "safe_load": True, "return_metadata": True})
         assert expected == {name: call[name] for name in expected}
+
+
+class TestLoading:
+    @pytest.fixture(autouse=True)
+    def folders(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+        """A models folder of the test's own, where every name is a file."""
+        paths = {kind: ([str(tmp_path / kind)], {".safetensors"})
+                 for kind in ("checkpoints", "diffusion_models", "text_encoders", "vae", "vae_approx", "embeddings")}
+        for kind, names in (("vae", ["sub/a", "b"]), ("vae_approx", ["taesd_encoder", "taesd_decoder", "taehv"])):
+            for name in names:
+                file = tmp_path / kind / f"{name}.safetensors"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.touch()
+        monkeypatch.setattr(folder_paths, "folder_names_and_paths", paths)
+        monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+        return tmp_path
+
+    def loaded(self, host: Host) -> LoadModel:
+        assert isinstance(host.request, LoadModel)
+        assert set(host.request.options["devices"]) == {"diffusion model", "text encoder", "VAE"}
+        return host.request
+
+    @pytest.mark.parametrize(("options", "weight_dtype"), [
+        ({}, "default"), ({"dtype": torch.float8_e4m3fn}, "fp8_e4m3fn"), ({"dtype": torch.float8_e5m2}, "fp8_e5m2"),
+        ({"dtype": torch.float8_e4m3fn, "fp8_optimizations": True}, "fp8_e4m3fn_fast"),
+        ({"dtype": torch.float16}, None), ({"custom_operations": object}, None)])
+    def test_a_diffusion_model(self, host: Host, folders: Path, options: Any, weight_dtype: str | None) -> None:
+        """Its options are the request's; what the stock node has no word for cannot be asked of it."""
+        host.watch("comfy.sd.load_diffusion_model")
+        path = str(folders / "diffusion_models" / "sub" / "a.safetensors")
+
+        comfy.sd.load_diffusion_model(path, options)
+
+        request = self.loaded(host)
+        assert (request.kind, request.paths, request.options["model_options"]) == ("diffusion model", (path,), options)
+        assert request.recipe == (weight_dtype and Recipe("diffusion_models", (str(Path("sub", "a.safetensors")),),
+                                                          weight_dtype=weight_dtype))
+
+    @pytest.mark.parametrize(("flags", "stock"), [
+        ({}, True), ({"output_clipvision": True}, False), ({"output_vae": False}, False)])
+    def test_a_checkpoint(self, host: Host, folders: Path, flags: Any, stock: bool) -> None:
+        """Each flag is an option."""
+        host.watch("comfy.sd.load_checkpoint_guess_config")
+
+        comfy.sd.load_checkpoint_guess_config(str(folders / "checkpoints" / "c"), embedding_directory=["e"], **flags)
+
+        request = self.loaded(host)
+        assert flags.items() <= request.options.items()
+        assert request.options["embedding_directory"] == ["e"]
+        assert request.recipe == (Recipe("checkpoints", ("c",)) if stock else None)
+
+    @pytest.mark.parametrize(("options", "device"), [
+        ({}, "default"), ({"load_device": CPU, "offload_device": CPU}, "cpu"), ({"load_device": CPU}, None)])
+    def test_text_encoders(self, host: Host, folders: Path, options: Any, device: str | None) -> None:
+        """Several files, in order; one that lies elsewhere cannot be asked for by name."""
+        host.watch("comfy.sd.load_clip")
+        paths = [str(folders / "text_encoders" / name) for name in "ab"]
+
+        comfy.sd.load_clip(paths, ["e"], comfy.sd.CLIPType.FLUX, options)
+
+        request = self.loaded(host)
+        assert (request.kind, request.paths) == ("text encoder", tuple(paths))
+        assert request.options["clip_type"] is comfy.sd.CLIPType.FLUX
+        assert request.recipe == (device and Recipe("text_encoders", ("a", "b"), "flux", device))
+        comfy.sd.load_clip([str(folders / "elsewhere" / "a")])
+        assert self.loaded(host).recipe is None
+
+    @pytest.mark.parametrize(("name", "files"), [
+        ("sub/a.safetensors", ["vae/sub/a"]), ("taehv.safetensors", ["vae_approx/taehv"]),
+        ("taesd", ["vae_approx/taesd_encoder", "vae_approx/taesd_decoder"])])
+    def test_a_vae(self, host: Host, folders: Path, name: str, files: list[str]) -> None:
+        """By the name on the stock node: one file, or an encoder and a decoder."""
+        host.watch("nodes.VAELoader.load_vae")
+
+        nodes.VAELoader().load_vae(name)
+
+        request = self.loaded(host)
+        assert request.paths == tuple(str(folders / f"{file}.safetensors") for file in files)
+        assert request.recipe == Recipe("vaes", (name,))
+
+    @pytest.mark.parametrize("name", ["pixel_space", "none.safetensors"])
+    def test_a_vae_of_no_file_is_nothing_to_ask(self, host: Host, name: str) -> None:
+        """One is made of nothing, the other is the host's to miss."""
+        host.watch("nodes.VAELoader.load_vae")
+        nodes.VAELoader().load_vae(name)
+        assert host.request is None
+
+    def test_a_model_that_is_wanted_alone_is_nothing_to_ask(self, host: Host) -> None:
+        """A classic stand-in for a dynamic one, and whatever the host's factories load."""
+        host.watch("comfy.sd.load_diffusion_model")
+        comfy.sd.load_diffusion_model("a", {}, disable_dynamic=True)
+        kept.Reload(comfy.sd.load_diffusion_model)("a")
+        assert (host.request, len(host.calls)) == (None, 2)
+
+    def test_files_are_listed_and_found(self, host: Host) -> None:
+        """Old names of folders are the new ones."""
+        host.watch("folder_paths.get_filename_list")
+        folder_paths.get_filename_list("unet")
+        assert ListFiles("diffusion_models") == host.request
+        host.watch("folder_paths.get_full_path")
+        folder_paths.get_full_path("vae", "a")
+        assert FindFile("vae", "a") == host.request
 
 
 class TestBuilding:
@@ -360,6 +468,7 @@ class TestPrompts:
     def executor(self) -> Any:
         executor = object.__new__(execution.PromptExecutor)
         executor.success = False
+        executor.caches = object()
         return executor
 
     def test_a_prompt_runs(self, host: Host, ring: Ring) -> None:
@@ -385,3 +494,12 @@ class TestPrompts:
         assert isinstance(host.request, EmptyMemory)
         assert ["emptied"] == host.prompts.told
         assert 1 == len(ring.named("memory.emptied"))
+
+    def test_an_executor_that_is_being_made_empties_nothing(self, host: Host, ring: Ring) -> None:
+        """It is made in the worker's thread, maybe after models were loaded at the start."""
+        host.watch("execution.PromptExecutor.reset")
+
+        object.__new__(execution.PromptExecutor).reset()
+
+        assert [] == host.prompts.told
+        assert [] == ring.named("memory.emptied")

@@ -6,7 +6,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from residency.policies import Tools
 from residency.policies.files.bank import Bank
 from residency.policies.host import Host
 from residency.policies.memory import Ledger, Limits
+from residency.policies.models import KINDS, Recipe
 from safetensors.torch import save_file
 
 Save = Callable[..., str]
@@ -87,6 +88,60 @@ class FakeLifecycle:
         return error is self.cancel
 
 
+class FakeModels:
+    """Loaders that list `files`, whose answers are what `load` is given in `loads`; `loaded` remembers the recipes."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, dict[str, str]] = {kind: {} for kind in KINDS}
+        self.loads: Callable[[Recipe], Any] = lambda recipe: None
+        self.loaded: list[Recipe] = []
+        self.now = {"diffusion model": "cpu and cpu"}
+        self.woken = 0
+
+    def choices(self, kind: str) -> list[str]:
+        return list(self.files[kind])
+
+    def options(self, name: str) -> list[str]:
+        return {"type": ["stable_diffusion", "sdxl", "flux"], "device": ["default", "cpu"],
+                "weight_dtype": ["default", "fp8_e4m3fn"]}[name]
+
+    def paths(self, recipe: Recipe) -> tuple[str, ...]:
+        return tuple(self.files[recipe.kind][name] for name in recipe.names)
+
+    def load(self, recipe: Recipe) -> Any:
+        self.loaded.append(recipe)
+        return self.loads(recipe)
+
+    def devices(self) -> dict[str, str]:
+        return dict(self.now)
+
+    def wake(self) -> dict[str, str]:
+        self.woken += 1
+        return {}
+
+
+class FakeServer:
+    """A start that waits until the test calls `started`, and routes that the test asks."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder
+        self.works: list[tuple[bool, Callable[[], None]]] = []
+        self.routes: dict[str, Callable[[], Any]] = {}
+
+    def at_start(self, wait: bool, work: Callable[[], None]) -> None:
+        self.works.append((wait, work))
+
+    def started(self) -> None:
+        for _, work in self.works:
+            work()
+
+    def publish(self, path: str, answer: Callable[[], Any]) -> None:
+        self.routes[path] = answer
+
+    def folder(self) -> str:
+        return str(self.root)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def quick_collections() -> Iterator[None]:
     """Collecting is what ends a model's life in these tests; what was imported before need not be looked at each time."""
@@ -97,9 +152,9 @@ def quick_collections() -> Iterator[None]:
 
 
 @pytest.fixture
-def tools() -> Iterator[Tools]:
+def tools(tmp_path: Path) -> Iterator[Tools]:
     """A bank and a ledger of the test's own."""
-    host = Host(FakeReading(), FakeFormats(), FakeMemory(), FakeLifecycle())
+    host = Host(FakeReading(), FakeFormats(), FakeMemory(), FakeLifecycle(), FakeModels(), FakeServer(tmp_path))
     made = Tools(Bank(), Ledger(Limits(ram=2**30, pinned=2**30, pad=0)), host)
     yield made
     made.bank.empty()

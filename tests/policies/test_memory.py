@@ -1,6 +1,8 @@
 """Budgets, and what the system says of RAM."""
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -226,3 +228,22 @@ def test_bytes_read_are_zero_where_they_are_not_told(process: dict[str, Any], mo
     memory_info = {"memory_info": lambda: SimpleNamespace(rss=1)}
     monkeypatch.setattr(memory.psutil, "Process", lambda: SimpleNamespace(**memory_info, **process))
     assert memory.process_memory().storage_read == 0
+
+
+def test_trimming_gives_back_what_was_freed_between_blocks_that_live() -> None:
+    """Pages of small blocks, which the C library keeps for later; harmless where it cannot be asked."""
+    blocks = [bytes(60_000) for _ in range(2000)]
+    kept = blocks[::50]
+    blocks.clear()
+    before = memory.process_memory().private
+    memory.trim()
+    assert memory.process_memory().private <= before
+    assert len(kept) == 40
+
+
+@pytest.mark.parametrize("system", ["win32", "darwin"])
+def test_elsewhere_nothing_is_trimmed(system: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no such call, and no C library of that name to open."""
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(ctypes, "CDLL", None)
+    memory.trim()

@@ -39,6 +39,11 @@ GGUF       architecture  header seconds  types
 ---------  ------------  --------------  ---------------------
 flux.gguf  flux                    0.04  Q4_K 700 MB, F32 2 MB
 
+kept     hits  misses  seconds of hits  evicted  why it missed or left last
+-------  ----  ------  ---------------  -------  --------------------------
+a.sft       2       1             0.50        1  over the budget
+new.sft     0       1             0.00        0  not loaded before
+
 event               about                                   times  why
 ------------------  --------------------------------------  -----  -------------------------------------
 hook.declined       comfy.utils.load_torch_file                 1  the host has no parameter 'ckpt'
@@ -49,6 +54,7 @@ policy.declined     zero_copy                                   2  --disable-mma
 policy.ineffective  zero_copy                                   1  Flux copies its weights
 policy.failed       zero_copy                                   1  RuntimeError: Error(s): size mismatch
 file.changed        big_flux.safetensors                        1  it was overwritten
+cache.skipped       main model                                  1  there is no 'a'
 
 total
 ---------------------------  ----
@@ -96,6 +102,15 @@ def emit_weights() -> None:
     emit("weights.restored", model="Flux", bytes=100 * MB, copied_bytes=0, seconds=0.1)
 
 
+def emit_kept() -> None:
+    """One model that was kept for a while, and one that is new."""
+    emit("cache.miss", model="a.sft", reason="not loaded before")
+    for _ in range(2):
+        emit("cache.hit", model="a.sft", bytes=MB, seconds=0.25)
+    emit("cache.evicted", model="a.sft", bytes=MB, private_bytes=0, reason="over the budget")
+    emit("cache.miss", model="new.sft", reason="not loaded before")
+
+
 def emit_trouble() -> None:
     """One of everything that a user may have to act on."""
     emit("hook.installed", hook="comfy.sd.VAE.__init__", exercised=True)
@@ -108,6 +123,7 @@ def emit_trouble() -> None:
     emit("policy.ineffective", policy="zero_copy", predicted_bytes=9, observed_bytes=0, reason="Flux copies its weights")
     emit("policy.failed", policy="zero_copy", request="FillModule", error="RuntimeError: Error(s):\n\tsize mismatch")
     emit("file.changed", file="big_flux.safetensors", reason="it was overwritten")
+    emit("cache.skipped", model="main model", reason="there is no 'a'")
 
 
 def emit_prompts() -> None:
@@ -127,6 +143,7 @@ def test_tables_are_aligned_and_complete(file: Path, capsys: pytest.CaptureFixtu
     """Everything that a bug report or a tuning user needs, in plain text that survives a paste."""
     emit_weights()
     emit_trouble()
+    emit_kept()
     emit_prompts()
     assert main(["report", str(file)]) == 0
     assert capsys.readouterr().out == EXPECTED

@@ -1,0 +1,196 @@
+"""A loader's answer, kept to be lent again.
+
+Models and text encoders have clones, which share the weights; a VAE has none, so it is copied as the host's own device node
+copies it: the object, with a clone of its patcher.
+"""
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any
+from weakref import ref
+
+import comfy.model_management
+import torch
+
+from ..policies.files.bank import Bank
+from ..policies.memory import Residency
+from . import devices
+
+_SAMPLES = 16
+_HOST_MARKS = {"_select_base_load_device", "_select_base_offload_device"}  # what the host's device nodes come back to
+_alone: ContextVar[bool] = ContextVar("residency_wanted_alone", default=False)
+
+
+def wanted_alone() -> bool:
+    """Whether the host is making a model that shares its weights with nobody."""
+    return _alone.get()
+
+
+class Reload:
+    """The host's factory for a model of its own (`cached_patcher_init`), which a cached one must not answer."""
+
+    def __init__(self, factory: Callable[..., Any]) -> None:
+        self.factory = factory
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        token = _alone.set(True)
+        try:
+            return self.factory(*args, **kwargs)
+        finally:
+            _alone.reset(token)
+
+
+def keep(answer: Any, bank: Bank) -> Kept | None:
+    """None for an answer that holds something which can be neither cloned nor copied, or no weights at all."""
+    parts = answer if isinstance(answer, tuple) else (answer,)
+    patchers = [patcher for patcher in map(_patcher, parts) if patcher is not None]
+    copyable = all(part is None or hasattr(part, "clone") or hasattr(part, "patcher") for part in parts)
+    return Kept(answer, patchers, bank) if patchers and copyable else None
+
+
+def _patcher(part: Any) -> Any:
+    return part if hasattr(part, "model_patches_to") else getattr(part, "patcher", None)
+
+
+class Kept:
+    """Implements `policies.models.Kept`."""
+
+    def __init__(self, answer: Any, patchers: list[Any], bank: Bank) -> None:
+        self._answer, self._patchers, self._bank = answer, patchers, bank
+        self._lent: list[ref[Any]] = []
+        for patcher in patchers:
+            factory = patcher.cached_patcher_init
+            if factory is not None and not isinstance(factory[0], Reload):
+                patcher.cached_patcher_init = (Reload(factory[0]), *factory[1:])
+        self._layers, self._marks, self._weights = _layers(patchers), _marks(patchers), _samples(patchers)
+        self._followed = [kind if _devices(patcher) == devices.role(kind) else None
+                          for patcher, kind in zip(patchers, map(self._kind, patchers), strict=True)]
+
+    def lend(self) -> Any:
+        lent = tuple(map(self._copy, self._answer)) if isinstance(self._answer, tuple) else self._copy(self._answer)
+        self._lent += [ref(_patcher(part)) for part in (lent if isinstance(lent, tuple) else (lent,)) if _patcher(part)]
+        return lent
+
+    def in_use(self) -> bool:
+        self._lent = [lent for lent in self._lent if lent() is not None]
+        return bool(self._lent)
+
+    def modules(self) -> list[torch.nn.Module]:
+        return [patcher.model for patcher in self._patchers]
+
+    def residency(self) -> Mapping[Residency, int]:
+        where: Counter[Residency] = Counter()
+        pinned = getattr(comfy.model_management, "PINNED_MEMORY", {})
+        for module in self.modules():
+            for tensor in (*module.parameters(), *module.buffers()):
+                for part in parts(tensor):
+                    where[self._residency(part, pinned)] += part.nbytes
+        return where
+
+    def altered(self) -> str | None:
+        if _layers(self._patchers) != self._layers:
+            return "another pack changed its layers"
+        marks = _marks(self._patchers) - self._marks
+        if marks:
+            return f"another pack set {', '.join(sorted(marks))} on it"
+        now = _samples(self._patchers)
+        changed = next((name for name, sample in self._weights.items() if now.get(name) != sample), None)
+        return None if changed is None and len(now) == len(self._weights) else f"another pack changed the weight {changed}"
+
+    def drop(self) -> None:
+        self._answer, self._patchers = None, []
+
+    def place(self) -> None:
+        with torch.inference_mode():  # weights that were made inside cannot be moved outside
+            comfy.model_management.load_models_gpu(self._patchers, force_full_load=True)
+
+    def follow_devices(self) -> None:
+        for patcher, kind in zip(self._patchers, self._followed, strict=True):
+            if kind is not None:
+                patcher.load_device, patcher.offload_device = devices.role(kind)
+        for part in self._answer if isinstance(self._answer, tuple) else (self._answer,):
+            if hasattr(part, "first_stage_model"):
+                part.device = part.patcher.load_device
+
+    def _kind(self, patcher: Any) -> str:
+        if patcher.is_clip:
+            return "text encoder"
+        owner = next((part for part in (self._answer if isinstance(self._answer, tuple) else (self._answer,))
+                      if _patcher(part) is patcher), None)
+        return "VAE" if hasattr(owner, "first_stage_model") else "diffusion model"
+
+    @staticmethod
+    def _copy(part: Any) -> Any:
+        if part is None or hasattr(part, "clone"):
+            return None if part is None else part.clone()
+        copied = copy.copy(part)
+        copied.patcher = part.patcher.clone()
+        return copied
+
+    def _residency(self, tensor: torch.Tensor, pinned: Mapping[int, int]) -> Residency:
+        if tensor.device.type != "cpu":
+            return Residency.DEVICE
+        # The second is dynamic VRAM's mark on a storage that is its own mapping of the file.
+        if self._bank.file_of(tensor) is not None or hasattr(tensor.untyped_storage(), "_comfy_tensor_mmap_refs"):
+            return Residency.MAPPED
+        return Residency.PINNED if tensor.data_ptr() in pinned else Residency.HOST
+
+
+def _devices(patcher: Any) -> tuple[Any, Any]:
+    return patcher.load_device, patcher.offload_device
+
+
+def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The plain tensors that hold a tensor's bytes; none for one without memory or one that does not tell."""
+    data = tensor.data
+    if hasattr(data, "__tensor_flatten__"):
+        return [getattr(data, name) for name in data.__tensor_flatten__()[0]]
+    return [data] if type(data) is torch.Tensor and not data.is_meta else []
+
+
+def _layers(patchers: list[Any]) -> list[tuple[str, type, bool, int]]:
+    """Each layer by name and class, and whether somebody hangs on it."""
+    return [(name, type(layer), "forward" in vars(layer), len(layer._forward_hooks) + len(layer._forward_pre_hooks))
+            for patcher in patchers for name, layer in patcher.model.named_modules()]
+
+
+def _marks(patchers: list[Any]) -> set[str]:
+    """Private attributes of the models themselves, where packs leave notes for later loads."""
+    return {name for patcher in patchers for name in vars(patcher.model) if name.startswith("_")} - _HOST_MARKS
+
+
+def _originals(patcher: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each weight as it was before LoRA and hooks, which the host has in its backups while they are on."""
+    for name, parameter in patcher.model.named_parameters():
+        if name in patcher.hook_backup:
+            yield name, patcher.hook_backup[name][0]
+        else:
+            yield name, patcher.backup[name].weight if name in patcher.backup else parameter
+
+
+def _samples(patchers: list[Any]) -> dict[str, bytes]:
+    """A few elements of each weight, from all over it: a pack that writes into weights writes into whole ones.
+
+    Floats are compared as float32: a weight that is widened is still the same.
+    """
+    groups: dict[tuple[torch.device, torch.dtype], list[tuple[str, torch.Tensor]]] = {}
+    for index, patcher in enumerate(patchers):
+        for name, weight in _originals(patcher):
+            for number, part in enumerate(parts(weight)):
+                if part.numel() and part.is_contiguous():
+                    flat = part.view(-1)
+                    picked = flat[::max(1, flat.numel() // _SAMPLES)][:_SAMPLES]
+                    wide = picked.view(torch.uint8) if part.element_size() == 1 else picked
+                    groups.setdefault((part.device, wide.dtype), []).append((f"{index}.{name}.{number}", wide))
+    found: dict[str, bytes] = {}
+    for (_, dtype), picks in groups.items():
+        joined = torch.cat([picked for _, picked in picks])
+        values = (joined.float() if dtype.is_floating_point else joined).cpu().numpy()
+        start = 0
+        for name, picked in picks:
+            found[name] = values[start:start + len(picked)].tobytes()
+            start += len(picked)
+    return found

@@ -1,0 +1,100 @@
+"""Models as their loaders give them: what a user chose, and what the host made of it."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from .memory import Residency
+
+KINDS = ("checkpoints", "text_encoders", "diffusion_models", "vaes")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a user chooses on a stock loader node, in the words of its lists.
+
+    Attributes:
+        kind: one of `KINDS`.
+        names: the files; one, or up to four text encoders.
+        type: of text encoders, as *Load CLIP* calls it.
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    type: str = "stable_diffusion"
+    device: str = "default"
+    weight_dtype: str = "default"
+
+
+class Kept(Protocol):
+    """One load's answer, kept: the host's own objects, and what may be asked of them."""
+
+    def lend(self) -> Any:
+        """The same answer for another user, made of the host's own clones."""
+
+    def in_use(self) -> bool:
+        """Whether something that was lent lives."""
+
+    def modules(self) -> Sequence[torch.nn.Module]:
+        """The torch modules that hold the weights."""
+
+    def residency(self) -> Mapping[Residency, int]:
+        """Where the bytes of the weights are."""
+
+    def altered(self) -> str | None:
+        """Why these are not the weights and layers any more that were loaded; None while they are."""
+
+    def drop(self) -> None:
+        """Forgets the host's objects; what was lent lives on."""
+
+    def place(self) -> None:
+        """Puts the weights on the device now."""
+
+    def follow_devices(self) -> None:
+        """Takes the host's present choice of devices, where it had the host's choice when it was loaded."""
+
+
+class Models(Protocol):
+    """The host's stock loaders."""
+
+    def choices(self, kind: str) -> Sequence[str]:
+        """The file names that the loader of this kind lists."""
+
+    def options(self, name: str) -> Sequence[str]:
+        """What a loader's option (`type`, `device`, `weight_dtype`) may be."""
+
+    def paths(self, recipe: Recipe) -> tuple[str, ...]:
+        """The files of a recipe.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+
+    def load(self, recipe: Recipe) -> Any:
+        """Loads as the stock node does, so that policies are asked. The answer is the host's own object.
+
+        Raises:
+            Exception: what the host raises.
+        """
+
+    def devices(self) -> Mapping[str, str]:
+        """The devices that the host chose for each kind of model."""
+
+    def wake(self) -> Mapping[str, str]:
+        """Lets the host choose its devices again, if an accelerator has come since the start; gives what changed."""
+
+
+class Server(Protocol):
+    """The host's web server."""
+
+    def at_start(self, wait: bool, work: Any) -> None:
+        """Runs `work` in a thread once every pack is loaded: before the port opens if `wait`, else in the background."""
+
+    def publish(self, path: str, answer: Any) -> None:
+        """Answers `GET path` with the JSON that `answer` gives; None there is *not found*."""
+
+    def folder(self) -> str:
+        """Where the user's settings and our files are."""

@@ -1,0 +1,275 @@
+"""Loads that are kept: switches between workflows, files that change under the cache, `POST /free`, memory that runs short."""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import COMFYUI
+from e2e.conftest import Pair, troubles, wait_for
+from support import workflows
+from support.server import MB, Server
+
+OTHER = workflows.text_to_latent("sd3", clip="clip_l_other", clip_type="sd3")
+
+
+def status(server: Server) -> dict[str, Any]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/residency/status", timeout=60) as answer:
+        found: dict[str, Any] = json.loads(answer.read())
+    return found
+
+
+def drop_from_page_cache(file: Path) -> None:
+    """As ComfyUI's reader asks the kernel to after each read. Clean pages only, so it is synced first."""
+    descriptor = os.open(file, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+
+
+def loads(server: Server, since: int, name: str = "") -> list[tuple[str, str]]:
+    """(hit or miss, file) of the loads since an event."""
+    return [(event["event"], event["model"]) for event in server.events()[since:]
+            if event["event"] in ("cache.hit", "cache.miss") and name in event["model"]]
+
+
+@pytest.fixture
+def own_model(models: Path) -> Iterator[Callable[[str, str], Path]]:
+    """Copies of a model under other names, to be changed and deleted."""
+    made: list[Path] = []
+
+    def copy(name: str, source: str) -> Path:
+        file = models / "diffusion_models" / f"{name}.safetensors"
+        shutil.copyfile(models / "diffusion_models" / f"{source}.safetensors", file)
+        made.append(file)
+        return file
+
+    yield copy
+    for file in made:
+        file.unlink(missing_ok=True)
+
+
+def test_switching_back_loads_and_reads_nothing(cpu_pair: Pair, own_model: Callable[[str, str], Path]) -> None:
+    """A, B, A: the second A is made of what was kept, though somebody asked the kernel to drop its file."""
+    read = {}
+    for name, server in (("alone", cpu_pair.alone), ("plugin", cpu_pair.plugin)):
+        file = own_model(f"switched_{name}", "middle_fp32")
+        first, again = (workflows.text_to_latent(file.stem, seed=seed) for seed in (1, 2))
+        server.run(first)
+        server.run(OTHER)
+        since = len(server.events())
+        if server is cpu_pair.plugin:
+            wait_for(lambda: any("r--s" in line for line in cpu_pair.plugin.maps("switched_plugin")))
+        drop_from_page_cache(file)
+        before = server.storage_bytes()
+        server.run(again)
+        read[name] = server.storage_bytes() - before
+
+    hits = [event for event in cpu_pair.plugin.events()[since:] if event["event"] == "cache.hit"]
+    assert {event["model"] for event in hits} == {"switched_plugin.safetensors", "clip_l.safetensors"}
+    assert sum(event["seconds"] for event in hits) < 0.02
+    assert "cache.miss" not in [name for name, _ in loads(cpu_pair.plugin, since)]
+    assert torch.equal(cpu_pair.alone.latents(), cpu_pair.plugin.latents())
+    assert read["alone"] > 70 * MB  # of 141
+    assert read["plugin"] < 1.4 * MB
+
+
+def test_the_status_agrees_with_the_system(cpu_pair: Pair, own_model: Callable[[str, str], Path]) -> None:
+    """Bytes in the page cache are those of the mapping that holds them, and no path is told."""
+    server, file = cpu_pair.plugin, own_model("looked_at", "middle_fp32")
+    server.run(workflows.text_to_latent(file.stem))
+    wait_for(lambda: any("r--s" in line for line in server.maps("looked_at")))
+    wait_for(lambda: entry(server, "looked_at")["bytes"]["page_cache"] == file.stat().st_size)
+
+    found = entry(server, "looked_at")
+    guarded = shared_bytes(server, "looked_at")
+    assert found["bytes"]["page_cache"] == pytest.approx(guarded, rel=0.05)
+    assert found["bytes"]["anonymous"] < 1 * MB
+    assert (found["in_use"], found["kind"]) == (True, "diffusion model")
+    assert str(file.parent) not in json.dumps(status(server))
+
+
+def entry(server: Server, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = next(one for one in status(server)["entries"] if name in one["name"])
+    return found
+
+
+def shared_bytes(server: Server, name: str) -> int:
+    """Resident bytes of the shared mappings of a file, as /proc tells."""
+    total, counts = 0, False
+    for line in Path(f"/proc/{server.process.pid}/smaps").read_text().splitlines():
+        if "-" in line.split(" ")[0]:
+            counts = name in line and "r--s" in line
+        elif counts and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+def test_twenty_switches_among_five_models_cost_no_more_ram(cpu_pair: Pair) -> None:
+    """Safetensors, GGUF and a checkpoint: each is loaded once, and gives the latents of ComfyUI alone."""
+    server = cpu_pair.plugin
+    flows = [workflows.text_to_latent("flux_a_fp32", steps=1), workflows.text_to_latent("flux_b_fp32", steps=1),
+             workflows.text_to_latent("sd3", clip_type="sd3", steps=1), workflows.from_checkpoint("sd3_fp32", steps=1),
+             workflows.text_to_latent("flux_mixed.gguf", steps=1)]
+    expected = []
+    for flow in flows:
+        cpu_pair.alone.run(flow if "flux_mixed.gguf" not in str(flow) else workflows.text_to_latent("flux_mixed_fp32", steps=1))
+        expected.append(cpu_pair.alone.latents())
+    private = []
+    for _ in range(4):
+        since = len(server.events())
+        for flow, latents in zip(flows, expected, strict=True):
+            server.run(flow)
+            assert torch.equal(latents, server.latents())
+        private.append(server.private_bytes())
+
+    assert {kind for kind, _ in loads(server, since)} == {"cache.hit"}
+    assert not torch.equal(expected[0], expected[1])
+    assert private[-1] - private[0] < 20 * MB
+
+
+def test_a_lora_chain_on_a_shared_model_gives_the_same_latents(cpu_pair: Pair) -> None:
+    """The same file without a LoRA, with one, with one that hooks schedule, and without again."""
+    without = cpu_pair.same(workflows.text_to_latent("flux_b_fp32", steps=1))
+    patched = cpu_pair.same(workflows.text_to_latent("flux_b_fp32", steps=1, loras=(("flux_one", 1.0),)))
+    cpu_pair.same(workflows.hooked_lora("flux_b_fp32", "flux_one"))
+    cpu_pair.same(workflows.text_to_latent("sd3", clip_type="sd3", steps=1))
+
+    assert torch.equal(without, cpu_pair.same(workflows.text_to_latent("flux_b_fp32", steps=1)))
+    assert not torch.equal(without, patched)
+
+
+@pytest.mark.parametrize("way", ["replaced", "overwritten"])
+def test_a_file_that_changes_while_it_is_kept_is_loaded_anew(cpu_pair: Pair, own_model: Callable[[str, str], Path],
+                                                             models: Path, way: str) -> None:
+    """Never a stale weight: other bytes under the name are another model."""
+    server, file = cpu_pair.plugin, own_model(f"changing_{way}", "flux_a_fp32")
+    flow = workflows.text_to_latent(file.stem)
+    server.run(flow)
+    first = server.latents()
+    server.run(OTHER)
+    other = models / "diffusion_models" / "flux_b_fp32.safetensors"
+    if way == "replaced":
+        shutil.copyfile(other, file.with_suffix(".new"))
+        os.replace(file.with_suffix(".new"), file)
+    else:
+        shutil.copyfile(other, file)
+    server.run(flow)
+    changed = server.latents()
+    cpu_pair.alone.run(workflows.text_to_latent("flux_b_fp32"))
+
+    assert torch.equal(changed, cpu_pair.alone.latents())
+    assert not torch.equal(changed, first)
+    assert "its file was changed or is gone" in {event["reason"] for event in server.events("cache.evicted")}
+
+
+def test_two_names_of_one_file_are_one_entry(cpu_pair: Pair, own_model: Callable[[str, str], Path]) -> None:
+    """A link beside the file is a hit."""
+    server, file = cpu_pair.plugin, own_model("named", "flux_a_fp32")
+    link = file.with_name("named_too.safetensors")
+    link.symlink_to(file)
+    try:
+        server.run(workflows.text_to_latent("named"))
+        since = len(server.events())
+        server.run(workflows.text_to_latent("named_too", seed=5))
+    finally:
+        link.unlink()
+
+    assert ("cache.hit", "named.safetensors") in loads(server, since)
+
+
+def test_a_file_that_is_cut_short_or_deleted_while_it_is_kept_costs_one_prompt(cpu_pair: Pair,
+                                                                               own_model: Callable[[str, str], Path]) -> None:
+    """ComfyUI names the file that it cannot read; the server lives, and the next workflow runs."""
+    server, file = cpu_pair.plugin, own_model("cut", "flux_a_fp32")
+    flow = workflows.text_to_latent(file.stem)
+    server.run(flow)
+    server.run(OTHER)
+    os.truncate(file, 10_000)
+    with pytest.raises(Exception, match=r"."):
+        server.run(flow)
+    server.run(OTHER)
+    file.unlink()
+    with pytest.raises(Exception, match="cut"):
+        server.run(flow)
+    server.run(OTHER)
+
+
+def test_free_gives_back_what_comfyui_alone_would(models: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Private RAM ends where ComfyUI's own ends, no model file is mapped any more, and the next prompt works."""
+    flow, private = workflows.text_to_latent("flux_a", steps=1), {}
+    for name in ("alone", "plugin"):
+        with Server(COMFYUI, tmp_path_factory.mktemp(name), models, plugin=name == "plugin") as server:
+            server.run(flow)
+            server.free()
+            if name == "plugin":
+                wait_for(lambda: bool(server.events("memory.emptied")), 60)
+            time.sleep(5)  # ComfyUI alone tells nobody when it is done
+            private[name] = server.private_bytes()
+            if name == "plugin":
+                assert server.maps(".safetensors") == []
+                assert status(server)["entries"] == []
+                since = len(server.events())
+                server.run(flow)
+                assert {kind for kind, _ in loads(server, since)} == {"cache.miss"}
+                assert troubles(server) == []
+
+    assert private["plugin"] - private["alone"] < 20 * MB
+
+
+@pytest.fixture
+def cgroup() -> Iterator[Path]:
+    """A real cgroup with 2 GB, where this process may make one (version 1's memory controller, or version 2)."""
+    lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    v1 = next((path for _, names, path in lines if "memory" in names.split(",")), None)
+    root = Path("/sys/fs/cgroup/memory" if v1 is not None else "/sys/fs/cgroup") / (v1 or lines[-1][2]).lstrip("/")
+    folder = root / f"residency-{os.getpid()}"
+    limit = folder / ("memory.limit_in_bytes" if v1 is not None else "memory.max")
+    try:
+        folder.mkdir()
+        limit.write_text(str(2048 * MB))
+    except OSError as error:
+        if folder.exists():
+            folder.rmdir()
+        pytest.skip(f"no cgroup can be made here: {error}")
+    yield folder
+    wait_for(lambda: (folder / "cgroup.procs").read_text() == "")
+    folder.rmdir()
+
+
+def test_in_a_small_container_the_cache_shrinks_instead_of_dying(cgroup: Path, models: Path, tmp_path: Path) -> None:
+    """Private copies of four models and another process that takes most of the container's memory."""
+    settings = 'policies = ["preload_cache"]\n[memory]\npad_gb = 0.3\n'
+    with Server(COMFYUI, tmp_path, models, settings=settings) as server:
+        (cgroup / "cgroup.procs").write_text(str(server.process.pid))
+        for model, clip in (("middle_fp32", "clip_l_other"), ("flux_a", "clip_l")):
+            server.run(workflows.text_to_latent(model, clip=clip))
+        kept = len(status(server)["entries"])
+        assert kept == 4
+        greedy = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.readline(); x = b'1' * (700 << 20); "
+                                   "print('full', flush=True); sys.stdin.readline()"],
+                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert greedy.stdin is not None and greedy.stdout is not None
+        try:
+            (cgroup / "cgroup.procs").write_text(str(greedy.pid))
+            greedy.stdin.write("go\n")
+            greedy.stdin.flush()
+            assert greedy.stdout.readline() == "full\n"
+            wait_for(lambda: len(status(server)["entries"]) < kept, 60)
+            server.run(workflows.text_to_latent("flux_b", clip="clip_l"))
+            assert status(server)["budget"]["total_bytes"] == 2048 * MB
+        finally:
+            greedy.stdin.close()
+            greedy.wait(20)
+        reasons = {event["reason"] for event in server.events("cache.evicted")}
+        assert "memory pressure" in reasons
+        assert troubles(server) == []
