@@ -40,6 +40,11 @@ class PatcherWeights:
             if keeps_file_format(module):
                 setattr(module, "patch", None)  # noqa: B010  torch types every attribute of a module as a tensor or a module
 
+    def keep_mapping(self) -> None:
+        # ComfyUI-GGUF and packs that began as copies of it ask this of their patcher, at each load and before page-locking.
+        if hasattr(self._patcher, "mmap_released"):
+            self._patcher.mmap_released = True
+
     def size(self) -> int:
         """Bytes of all weights."""
         return int(self._patcher.model_size())

@@ -41,6 +41,9 @@ class Weights(Protocol):
     def end_patches(self) -> None:
         """Layers that patch their weights at each use stop doing so."""
 
+    def keep_mapping(self) -> None:
+        """A pack that copies what is not on the device out of its file's mapping need not, from now on."""
+
 
 @dataclass(frozen=True)
 class ReadWeights(Request):

@@ -21,6 +21,7 @@ from ..files.bank import Bank, MappedFile
 from ..policy import Decision, Effect, Proceed
 from ..requests import BuildModel, FillModule
 from .parameters import Homes, is_plain, parts, put
+from .subclasses import has_own_memory
 
 NOTABLE = 2**20  # bytes; below this a model is not worth a warning
 
@@ -67,7 +68,9 @@ class Builder:
         scope = _building.get()
         if scope is None or request.assign or type(request.module) in self._ineffective:
             return None
-        tensors = (value for value in request.state_dict.values() if isinstance(value, torch.Tensor))
+        tensors = [value for value in request.state_dict.values() if isinstance(value, torch.Tensor)]
+        if any(map(has_own_memory, tensors)):  # which only the layers that go with them know how to take
+            return None
         if not any(self._bank.file_of(part) for value in tensors for part in parts(value)):
             return None
         return Decision("", partial(self._fill, request, scope))

@@ -25,6 +25,7 @@ class FakeWeights:
     kept_by_host: set[str] = field(default_factory=set)
     to_patch: set[str] = field(default_factory=set)
     patching: bool = True
+    stays_mapped: bool = False
 
     def restored_by_host(self) -> set[str]:
         return self.kept_by_host
@@ -34,6 +35,9 @@ class FakeWeights:
 
     def end_patches(self) -> None:
         self.patching = False
+
+    def keep_mapping(self) -> None:
+        self.stays_mapped = True
 
 
 class House:
