@@ -55,6 +55,11 @@ class PatcherWeights:
     def _block_layers(self) -> list[Any]:
         return [module for module in self.module.modules() if keeps_file_format(module)]
 
+    def keep_mapping(self) -> None:
+        # ComfyUI-GGUF and packs that began as copies of it ask this of their patcher, at each load and before page-locking.
+        if hasattr(self._patcher, "mmap_released"):
+            self._patcher.mmap_released = True
+
     def size(self) -> int:
         """Bytes of all weights."""
         return int(self._patcher.model_size())

@@ -58,3 +58,6 @@ class Weights(Protocol):
 
     def drop_dense(self) -> None:
         """Layers over GGUF blocks let go of dense weights."""
+
+    def keep_mapping(self) -> None:
+        """A pack that copies what is not on the device out of its file's mapping need not, from now on."""

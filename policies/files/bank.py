@@ -12,7 +12,10 @@ from __future__ import annotations
 import os
 import threading
 import time
+from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,10 +125,30 @@ class Bank:
         # With one private tensor among them, the span holds memory of others too.
         if file.end - file.start > file.identity.size or pages.is_mapped(file.start, file.end, file.target) is False:
             return None
+        self._note(file, tensors)
+        return file
+
+    def recognise(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Takes note of tensors that somebody else mapped, by what the system says of their memory (`weights.mapped`)."""
+        unknown = [tensor for tensor in tensors if tensor.numel() and self.file_of(tensor) is None]
+        started = time.perf_counter()
+        regions = pages.mapped_files() if unknown else []
+        inside: dict[tuple[int, int, str], list[torch.Tensor]] = defaultdict(list)
+        for tensor in unknown:
+            index = bisect_right(regions, tensor.data_ptr(), key=lambda region: region[0]) - 1
+            if index >= 0 and tensor.data_ptr() + tensor.nbytes <= regions[index][1]:
+                inside[regions[index]].append(tensor)
+        for (_, _, path), mapped in inside.items():
+            with suppress(OSError):  # gone already
+                file = MappedFile(path, Identity.of(path), *_span(mapped), handle=None)
+                self._note(file, mapped)
+                emit("weights.mapped", file=file.name, bytes=sum(tensor.nbytes for tensor in mapped), copied_bytes=0,
+                     seconds=time.perf_counter() - started)
+
+    def _note(self, file: MappedFile, tensors: Iterable[torch.Tensor]) -> None:
         with self._lock:
             file.lend(tensors)
             self._files.append(file)
-            return file
 
     def file_of(self, tensor: torch.Tensor) -> MappedFile | None:
         """The file that a tensor's memory is mapped from; None for a private copy or another device."""

@@ -40,6 +40,21 @@ def _regions(start: int, end: int, path: str) -> list[Any] | None:
     return inside
 
 
+def mapped_files() -> list[tuple[int, int, str]]:
+    """(start, end, path) of each region of this process that maps a file, in order; none where the system does not tell.
+
+    Files that were removed or replaced since are left out: under their name there is nothing, or another file.
+    """
+    try:
+        with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as file:
+            lines = [line.rstrip("\n").split(maxsplit=5) for line in file]
+    except OSError:
+        return []
+    found = [(line[0].partition("-"), line[5]) for line in lines if len(line) == 6]
+    return [(int(start, 16), int(end, 16), path) for (start, _, end), path in found
+            if path.startswith("/") and not path.endswith(" (deleted)")]
+
+
 def may_map(path: str) -> bool:
     """Windows charges a copy-on-write view to the commit limit in full: there, only what fits into half of what is left."""
     if os.name != "nt":

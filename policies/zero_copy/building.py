@@ -22,6 +22,7 @@ from ..files.bank import Bank, MappedFile
 from ..policy import Decision, Effect, Proceed
 from ..requests import BuildModel, FillModule
 from .parameters import Homes, is_plain, parts, put
+from .subclasses import has_own_memory
 
 NOTABLE = 2**20  # bytes; below this a model is not worth a warning
 
@@ -67,6 +68,8 @@ class Builder:
     def fill(self, request: FillModule) -> Decision | None:
         scope = _building.get()
         if scope is None or type(request.module) in self._ineffective:
+            return None
+        if any(map(has_own_memory, request.state_dict.values())):  # which only the layers that go with them know how to take
             return None
         if not self._mapped(request.state_dict):
             return None

@@ -18,6 +18,7 @@ from ..memory import Residency
 from ..policy import Decision, Proceed
 from ..requests import PinMemory, PinWeight, WriteInPlace
 from .parameters import Homes, fingerprints, is_plain, parts, put, size
+from .subclasses import has_own_memory
 
 if TYPE_CHECKING:
     from .. import Tools
@@ -67,6 +68,8 @@ class Copies:
         leaf = request.weights.module.get_submodule(leaf_name)
         parameter = leaf._parameters.get(name)
         if parameter is None or not any(self._bank.file_of(part) for part in parts(parameter)):
+            return None
+        if has_own_memory(parameter):  # the host page-locks only tensors of its own kinds
             return None
         booked = self._pinned_bytes() - self._pinned.get(leaf, {}).get(name, 0)
         if booked + size(parameter) > self._ledger.room(OWNER, Residency.PINNED):

@@ -65,6 +65,8 @@ class Offloader:
     def _move(self, weights: Weights, proceed: Proceed) -> Any:
         self._widen(weights.module, weights.patched())
         self._homes.note_all(weights.module)
+        if self._homes.files(weights.module):
+            weights.keep_mapping()
         return proceed()
 
     def offload(self, request: OffloadWeights) -> Decision | None:

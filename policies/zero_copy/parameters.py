@@ -16,6 +16,8 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ..files.bank import Bank, MappedFile
+from . import subclasses
+from .subclasses import has_own_memory
 
 _BATCH = 2**17  # words that are mixed at once: 1 MB, and a few times that in temporary memory
 _ODD = -7046029254386353131  # 2**64 divided by the golden ratio, as a signed word: spreads low bits over the high ones
@@ -29,10 +31,12 @@ def is_plain(value: Any) -> bool:
 def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The plain tensors that hold a tensor's bytes: itself, or what a wrapper (a quantised tensor) is made of.
 
-    A subclass that does not tell its parts has none.
+    A wrapper that does not tell its parts has none.
     """
     if is_plain(tensor):
         return [tensor]
+    if has_own_memory(tensor):
+        return [subclasses.memory(tensor)]
     data = tensor.data if type(tensor) is torch.nn.Parameter else tensor
     if not hasattr(data, "__tensor_flatten__"):
         return []
@@ -112,8 +116,14 @@ def _mixed(sums: list[list[torch.Tensor]]) -> list[int]:
 
 
 def put(leaf: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Makes `tensor` the module's parameter, in the same Parameter object where torch allows it."""
+    """Makes `tensor` the module's parameter, in the same Parameter object where torch allows it.
+
+    A subclass with memory of its own stays one, with the attributes that it has now: a LoRA may be among them.
+    """
     parameter = leaf._parameters[name]
+    if has_own_memory(parameter) and is_plain(tensor):
+        leaf._parameters[name] = subclasses.over(tensor, parameter)  # type: ignore[arg-type, assignment]
+        return
     # A host and a device tensor of some backends (NPU, XLA) are not of the same kind below Python, and `.data =` raises.
     if (parameter is not None and is_plain(parameter) and is_plain(tensor)
             and torch._has_compatible_shallow_copy_type(parameter.data, tensor)):
@@ -133,11 +143,14 @@ class Home:
 
     def fits(self, parameter: torch.Tensor) -> bool:
         """Whether the tensor could be this parameter's."""
-        return parameter.shape == self.tensor.shape and parameter.dtype == self.tensor.dtype
+        now = subclasses.memory(parameter) if has_own_memory(parameter) else parameter
+        return now.shape == self.tensor.shape and now.dtype == self.tensor.dtype
 
 
 def _alias(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory as an inference tensor: only that can become the data of a parameter that was made in either mode."""
+    if has_own_memory(tensor):
+        tensor = subclasses.memory(tensor)
     if not is_plain(tensor):
         return tensor.data if isinstance(tensor, torch.nn.Parameter) else tensor
     with torch.inference_mode():
@@ -160,12 +173,12 @@ class Homes:
             self._homes.setdefault(leaf, {}).setdefault(name, Home(_alias(tensor), files[0]))
 
     def note_all(self, module: torch.nn.Module) -> None:
-        """Remembers every parameter of a model that is a file's mapping now."""
-        for leaf in module.modules():
-            known = self._homes.get(leaf, {})
-            for name, parameter in leaf._parameters.items():
-                if parameter is not None and name not in known and parameter.device.type == "cpu":
-                    self.note(leaf, name, parameter)
+        """Remembers every parameter of a model that is a file's mapping now, of those too that a pack mapped by itself."""
+        new = [(leaf, name, parameter) for leaf in module.modules() for name, parameter in leaf._parameters.items()
+               if parameter is not None and name not in self.get(leaf) and parameter.device.type == "cpu"]
+        self._bank.recognise([subclasses.memory(parameter) for *_, parameter in new if has_own_memory(parameter)])
+        for leaf, name, parameter in new:
+            self.note(leaf, name, parameter)
 
     def forget(self, leaf: torch.nn.Module, name: str) -> None:
         self._homes.get(leaf, {}).pop(name, None)

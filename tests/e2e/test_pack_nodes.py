@@ -4,12 +4,15 @@ The pack in `support/packs/gguf_nodes` does what such packs do. What it opens is
 """
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from e2e.conftest import Pair
+from conftest import COMFYUI
+from e2e.conftest import Pair, troubles
 from support import workflows
-from support.server import MB
+from support.server import GGUF_NODES, MB, Server
 
 CLIP, TWIN = "clip_l_q8.gguf", "clip_l_q8_fp16.safetensors"
 
@@ -69,3 +72,43 @@ def test_an_encoder_that_shall_stay_on_the_cpu_does(npu_pair: Pair) -> None:
 
     placed = [event for event in npu_pair.plugin.events("model.placed")[before:] if event["model"] == "SD1ClipModel"]
     assert {"cpu"} == {event["device"] for event in placed}
+
+
+FILES = ("middle_q8_a.gguf", "middle_q8_b.gguf")
+
+
+def in_the_packs_way(strength: float) -> workflows.Workflow:
+    """Two models that take turns, opened by a node that cannot be hooked; the first has a LoRA."""
+    flow = workflows.both(*FILES)
+    for name, file in zip(("model", "model2"), FILES, strict=True):
+        flow[name] = workflows.node("ModelOfAPack", name=file)
+    flow["lora"] = workflows.node("LoraLoaderModelOnly", model=["model", 0], lora_name="middle.safetensors",
+                                  strength_model=strength)
+    flow["sample"]["inputs"]["model"] = ["lora", 0]
+    return flow
+
+
+@pytest.mark.parametrize("device_mb", [1280, 1235], ids=["one fits", "none fits"])
+def test_what_a_pack_opens_in_its_own_way_keeps_its_mapping(models: Path, simulated_npu: None, tmp_path: Path,
+                                                            device_mb: int) -> None:
+    """Nothing comes back from the device, nothing is copied out of the file, and the latents are the pack's own."""
+    latents: dict[bool, list[torch.Tensor]] = {False: [], True: []}
+    to_host, private = {}, {}
+    for plugin, found in latents.items():
+        with Server(COMFYUI, tmp_path / str(plugin), models, plugin=plugin, device_mb=device_mb, packs=[GGUF_NODES]) as server:
+            start = server.private_bytes()
+            for strength in (1.0, 0.0, 1.0):
+                server.run(in_the_packs_way(strength))
+                found += [server.latents("out_a"), server.latents("out_b")]
+            to_host[plugin] = server.device()["to_host"]
+            private[plugin] = server.private_bytes() - start
+            assert not plugin or troubles(server) == []
+    mapped = {event["file"]: event["bytes"] for event in server.events("weights.mapped")}
+
+    assert all(map(torch.equal, latents[False], latents[True]))
+    lora, _, plain, *_, again, _ = latents[True]
+    assert torch.equal(lora, again)
+    assert float((lora - plain).abs().max() / plain.std()) > 0.1
+    assert (to_host[False] > 80 * MB, to_host[True] < 2 * MB) == (True, True)
+    assert private[False] - private[True] > 255 * MB  # of which 236 are the text encoder's
+    assert {mapped[file] > 40 * MB for file in FILES} == {True}

@@ -34,6 +34,7 @@ from residency.policies.requests import (
     ListFiles,
     LoadModel,
     MoveModule,
+    MoveWeights,
     OffloadWeights,
     PatchWeight,
     PinMemory,
@@ -405,6 +406,19 @@ class TestPlacing:
         host.request = None
         patcher.patch_weight_to_device(key, return_weight=True)
         assert host.request is None
+
+    def test_a_packs_patcher_need_not_copy_what_stays_mapped(self, host: Host, patcher: Any) -> None:
+        """It is told in its own words while it loads; the host's patcher has no such question."""
+        host.watch("comfy.model_patcher.ModelPatcher.load")
+        patcher.load(CPU)
+        assert isinstance(host.request, MoveWeights)
+
+        host.request.weights.keep_mapping()
+        assert not hasattr(patcher, "mmap_released")
+        patcher.mmap_released = False
+        host.request.weights.keep_mapping()
+
+        assert patcher.mmap_released
 
 
 class TestReleasing:

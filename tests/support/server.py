@@ -93,7 +93,7 @@ class Server:
                 if old.is_symlink():
                     old.unlink()
             for pack in group:
-                (folder / f"linked_{pack.name}").symlink_to(pack)
+                (folder / pack.name).symlink_to(pack)
         (self.base / "more.yaml").write_text(f"more:\n    custom_nodes: {self.base / 'more_nodes'}\n")
         if not (self.base / "models").exists():
             (self.base / "models").symlink_to(models)

@@ -242,3 +242,27 @@ def test_windows_does_not_map_what_it_cannot_look_at(monkeypatch: pytest.MonkeyP
     assert pages.may_map("no such file") is False
     monkeypatch.undo()
     assert pages.may_map("no such file") is (os.name != "nt")
+
+
+@linux
+def test_mapped_files_are_listed_with_their_addresses(mapping: Mapping, tmp_path: Path) -> None:
+    """Until they are replaced: what lies under the name then is another file."""
+    def found() -> list[tuple[int, int]]:
+        return [(start, end) for start, end, path in pages.mapped_files() if path == mapping.path]
+
+    assert [(mapping.start, mapping.end)] == found()
+    regions = pages.mapped_files()
+    assert regions == sorted(regions)
+    other = tmp_path / "other"
+    other.write_bytes(b"other")
+    os.replace(other, mapping.path)
+    assert found() == []
+
+
+def test_where_the_system_has_no_list_there_are_no_mapped_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows and macOS."""
+    def gone(*args: Any, **options: Any) -> Any:
+        raise FileNotFoundError
+
+    monkeypatch.setattr("builtins.open", gone)
+    assert pages.mapped_files() == []

@@ -25,6 +25,7 @@ class FakeWeights:
     kept_by_host: set[str] = field(default_factory=set)
     to_patch: set[str] = field(default_factory=set)
     patching: bool = True
+    stays_mapped: bool = False
     room: Any = None
     bytes_on_device: int = 0
 
@@ -49,6 +50,9 @@ class FakeWeights:
 
     def end_patches(self) -> None:
         self.patching = False
+
+    def keep_mapping(self) -> None:
+        self.stays_mapped = True
 
 
 class House:

@@ -65,8 +65,9 @@ def state_dict(path):
 
 class Layers(comfy.ops.manual_cast):
     class Linear(comfy.ops.manual_cast.Linear):
-        def __init__(self, *args, **options):
+        def __init__(self, in_features, out_features, *args, **options):
             torch.nn.Module.__init__(self)
+            self.in_features, self.out_features = in_features, out_features
             self.weight = self.bias = None
 
         def _load_from_state_dict(self, state_dict, prefix, *args):

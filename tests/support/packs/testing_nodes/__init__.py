@@ -1,9 +1,12 @@
 """Nodes that do on purpose what packs do by accident. Used by the end-to-end tests only."""
+import inspect
+
 import comfy.model_management
 import comfy.ops
 import comfy.sd
 import comfy.utils
 import folder_paths
+import nodes
 
 
 class ScaleWeightOnDevice:
@@ -43,4 +46,19 @@ class CancelWhileBuilding:
         return (comfy.sd.load_diffusion_model(path, model_options={"custom_operations": Ops}),)
 
 
-NODE_CLASS_MAPPINGS = {cls.__name__: cls for cls in (ScaleWeightOnDevice, CancelWhileBuilding)}
+class InThePacksWay:
+    """Another pack's loader, past everything that wraps it."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"loader": ("STRING",), "name": ("STRING",)}}
+
+    def run(self, loader, name):
+        node = nodes.NODE_CLASS_MAPPINGS[loader]
+        return inspect.unwrap(getattr(node, node.FUNCTION))(node(), name)
+
+
+NODE_CLASS_MAPPINGS = {cls.__name__: cls for cls in (ScaleWeightOnDevice, CancelWhileBuilding, InThePacksWay)}
