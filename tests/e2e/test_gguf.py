@@ -99,7 +99,7 @@ def test_weights_are_mapped_and_swap_without_a_copy(npu_pair: Pair) -> None:
 
 
 def test_a_workflow_that_comes_back_reads_nothing(npu_pair: Pair, models: Path) -> None:
-    """A, B, A in prompts of their own: ComfyUI drops A's model meanwhile, and its mapping is there for the next."""
+    """A, B, A in prompts of their own, between which ComfyUI drops A's model: one mapping, and nothing from the disk."""
     server = npu_pair.plugin
     server.free()
     maps = []
@@ -111,7 +111,6 @@ def test_a_workflow_that_comes_back_reads_nothing(npu_pair: Pair, models: Path) 
     assert server.storage_bytes() - read < (models / "diffusion_models" / name).stat().st_size / 100
     assert [len(found) for found in maps] == [1, 1, 1]
     assert maps[0] == maps[2]
-    assert [event["source"] for event in server.events("weights.read") if event["file"] == name][-1] == "bank"
 
 
 def test_a_model_that_nobody_knows_is_named_by_its_architecture(cpu_pair: Pair, models: Path) -> None:
