@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ...telemetry import log
+from ...telemetry import emit, log
 from ..files import gguf_header, quants
 from ..files.gguf_file import PLAIN
 from ..files.gguf_header import GGUFError
@@ -24,8 +24,13 @@ def decide(request: OpenModel) -> Decision:
     for path in request.paths:
         reason = foreign(path, request.text_encoder) if path.lower().endswith(".gguf") else None
         if reason is not None:
-            return Decision(f"{names}: left to the pack, {reason}", lambda proceed: proceed())
+            return Decision(f"{names}: left to the pack, {reason}", partial(_leave, reason))
     return Decision(f"{names}: opened as the stock loader opens them", partial(_stock, request))
+
+
+def _leave(reason: str, proceed: Proceed) -> Any:
+    emit("policy.declined", policy="zero_copy", reason=f"left to the pack, {reason}")
+    return proceed()
 
 
 def _stock(request: OpenModel, proceed: Proceed) -> Any:

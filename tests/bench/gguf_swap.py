@@ -1,4 +1,7 @@
-"""Two GGUF models in one prompt on a device that holds one: ComfyUI-GGUF alone, and with the plugin by either loader."""
+"""Two GGUF models in one prompt on a device that holds one: ComfyUI-GGUF alone, and with the plugin by either loader.
+
+"Pack's tensors" is its loader past our hook, as a node would be that cannot be hooked.
+"""
 from __future__ import annotations
 
 import statistics
@@ -8,18 +11,20 @@ from pathlib import Path
 
 from support import workflows
 from support.fixtures import make_models
-from support.server import Server
+from support.server import TESTING_NODES, Server
 from table import ratio, show
 
-WAYS = ("pack alone", "pack's loader", "stock loader")
+WAYS = ("pack alone", "pack's tensors", "pack's loader", "stock loader")
 FILES = ("big_q8_a.gguf", "big_q8_b.gguf")
 
 
 def flow(way: str, seed: int) -> workflows.Workflow:
     found = workflows.both(*FILES, seed=seed)
-    if way != "stock loader":
-        for name in ("model", "model2"):
-            found[name] = workflows.node("UnetLoaderGGUF", unet_name=found[name]["inputs"]["unet_name"])
+    for name, file in zip(("model", "model2"), FILES, strict=True):
+        if way == "pack's tensors":
+            found[name] = workflows.node("InThePacksWay", loader="UnetLoaderGGUF", name=file)
+        elif way != "stock loader":
+            found[name] = workflows.node("UnetLoaderGGUF", unet_name=file)
     return found
 
 
@@ -30,10 +35,10 @@ def run(comfyui: Path, models: Path, pack: Path) -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         servers = {way: stack.enter_context(Server(comfyui, folder / way.replace("'", ""), models, plugin=way != WAYS[0],
-                                                   device_mb=1700, packs=[pack])) for way in WAYS}
+                                                   device_mb=1700, packs=[pack, TESTING_NODES])) for way in WAYS}
         start = {way: server.private_bytes() for way, server in servers.items()}
         for prompt in range(1, 14):
-            for way in WAYS[prompt % 3:] + WAYS[:prompt % 3]:
+            for way in WAYS[prompt % len(WAYS):] + WAYS[:prompt % len(WAYS)]:
                 server, before = servers[way], servers[way].device()
                 took = server.run(flow(way, prompt))
                 now = server.device()

@@ -71,14 +71,16 @@ def test_text_encoders_that_we_know_are_opened_as_stock(write: Write, ask: Any, 
     ("llama", LLAMA, {}, "llama.attention.head_count is missing or wrong"),
 ])
 def test_text_encoders_that_we_do_not_know_are_the_packs(write: Write, ask: Any, architecture: str, names: tuple[str, ...],
-                                                         more: Mapping[str, int], words: str) -> None:
+                                                         more: Mapping[str, int], words: str, ring: Ring) -> None:
     """One such file is enough, and the reason names it."""
     known = write("clip", "text_model.weight", name="known.gguf")
     request, reason = ask(known, write(architecture, *names, more=more), text_encoder=True)
 
     assert not request.stock
     assert "known.gguf, model.gguf: left to the pack" in reason
+    (told,) = ring.named("policy.declined")
     assert words in reason
+    assert words in told.fields["reason"]
 
 
 def test_a_file_that_does_not_say_what_it_is_is_the_packs(tmp_path: Path, ask: Any) -> None:
