@@ -56,7 +56,7 @@ class Meter:
             return None
         if device.type == "cpu":
             return time.perf_counter()
-        kind = getattr(torch.get_device_module(device), "Event", None)
+        kind = getattr(getattr(torch, device.type, None), "Event", None)
         if kind is None or len(self._waiting) > 999:
             return None
         mark = kind(enable_timing=True)

@@ -21,7 +21,6 @@ def test_weights_go_from_the_file_to_the_device_and_leave_it_without_a_copy(dyna
     before, private = server.device(), server.private_bytes()
     server.run(workflows.text_to_latent(FILE))
     first = server.device()
-    server.run(workflows.text_to_latent(OTHER, seed=2))
     server.run(workflows.text_to_latent(FILE, seed=2))
     second = server.device()
 

@@ -57,14 +57,14 @@ class Event:
                          ids=["a device with events", "one without"])
 def test_a_device_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, module: Any, seconds: float | None) -> None:
     """Its own clock tells, where it has one."""
-    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    monkeypatch.setattr(torch, "meta", module, raising=False)
     meter = Meter()
     use(meter, 13, torch.device("meta"))
     assert meter.take() == (1300, pytest.approx(seconds) if seconds else None)
 
 
 def test_what_is_not_done_at_the_end_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(Event=Event))
+    monkeypatch.setattr(torch, "meta", SimpleNamespace(Event=Event), raising=False)
     monkeypatch.setattr(Event, "done", False)
     meter = Meter()
     use(meter, 13, torch.device("meta"))
