@@ -27,7 +27,7 @@ def test_weights_go_from_the_file_to_the_device_and_leave_it_without_a_copy(dyna
     assert WEIGHTS_MB * MB < first["from_file"] - before["from_file"] < (FILE_MB + 1) * MB
     assert second["from_file"] - first["from_file"] < 1 * MB
     assert second["to_host"] - before["to_host"] < 1 * MB
-    assert server.private_bytes() - private < 10 * MB
+    assert server.private_bytes() - private < FILE_MB / 2 * MB  # layers and a prompt's own memory, and no weights
     assert "Model Flux prepared for dynamic VRAM loading. 39MB Staged" in server.log()
 
 
