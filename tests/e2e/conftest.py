@@ -64,6 +64,15 @@ class Pair:
             assert torch.equal(alone, plugin), (alone - plugin).abs().max()
         return found[1][0]
 
+    def twins(self, twin: Workflow, flow: Workflow) -> torch.Tensor:
+        """Runs a GGUF workflow with the plugin and its dequantised twin on ComfyUI alone; the latents must be equal."""
+        self.alone.run(twin)
+        self.plugin.run(flow)
+        expected, found = self.alone.latents(), self.plugin.latents()
+        assert torch.isfinite(expected).all()
+        assert torch.equal(expected, found), (expected - found).abs().max()
+        return found
+
 
 def troubles(server: Server, paged: bool = False) -> list[dict[str, Any]]:
     """What the plugin said that it never should in a healthy run. Where ComfyUI pages weights, only GGUF files are ours."""

@@ -18,36 +18,26 @@ def with_encoder(clip: str) -> workflows.Workflow:
     return workflows.text_to_latent("flux_a", clip=clip)
 
 
-def latents(pair: Pair, twin: workflows.Workflow, flow: workflows.Workflow) -> torch.Tensor:
-    """Runs the twin's workflow and the GGUF file's, and returns the latents, which must be equal."""
-    pair.alone.run(twin)
-    pair.plugin.run(flow)
-    expected, found = pair.alone.latents(), pair.plugin.latents()
-    assert torch.isfinite(expected).all()
-    assert torch.equal(expected, found), (expected - found).abs().max()
-    return found
-
-
 def test_a_t5_with_llama_cpps_names(pair: Pair) -> None:
     """Five types in one file, the vocabulary among them; the tokenizer is ComfyUI's own."""
-    first = latents(pair, with_encoder(T5_TWIN), with_encoder(T5))
+    first = pair.twins(with_encoder(T5_TWIN), with_encoder(T5))
     pair.plugin.run(with_encoder("t5_base_other.gguf"))  # another encoder gives something else: the comparison can fail
     other = pair.plugin.latents()
-    again = latents(pair, with_encoder(T5_TWIN), with_encoder(T5))
+    again = pair.twins(with_encoder(T5_TWIN), with_encoder(T5))
 
     assert float((first - other).abs().max() / first.std()) > 0.01
     assert torch.equal(first, again)
 
 
 def test_a_clip_with_its_own_names(pair: Pair) -> None:
-    latents(pair, with_encoder(CLIP_TWIN), with_encoder(CLIP))
+    pair.twins(with_encoder(CLIP_TWIN), with_encoder(CLIP))
 
 
 def test_two_encoders_of_which_one_is_gguf(pair: Pair) -> None:
     """Beside a plain safetensors file, and beside one in fp8. Both fill one module, so the second is what computes."""
     for first, second in (("clip_l_other", "{}"), ("{}", "clip_l_fp8")):
         alone, plugin = ((first.format(name), second.format(name)) for name in (CLIP_TWIN, CLIP))
-        latents(pair, workflows.two_encoders("sd3", alone), workflows.two_encoders("sd3", plugin))
+        pair.twins(workflows.two_encoders("sd3", alone), workflows.two_encoders("sd3", plugin))
 
 
 def test_blocks_stay_in_the_mapping(npu_pair: Pair) -> None:

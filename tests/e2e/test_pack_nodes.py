@@ -33,19 +33,9 @@ def with_pack(*files: str, **options: Any) -> workflows.Workflow:
     return flow
 
 
-def latents(pair: Pair, twin: workflows.Workflow, flow: workflows.Workflow) -> torch.Tensor:
-    """Runs the twin's workflow on ComfyUI alone and the pack's with the plugin; the latents must be equal."""
-    pair.alone.run(twin)
-    pair.plugin.run(flow)
-    expected, found = pair.alone.latents(), pair.plugin.latents()
-    assert torch.isfinite(expected).all()
-    assert torch.equal(expected, found), (expected - found).abs().max()
-    return found
-
-
 def test_a_text_encoder_ends_in_the_mapping(pair: Pair) -> None:
     """Its latents are the twin's, and another encoder's are not. What has no meaning for us is said so."""
-    found = latents(pair, with_stock(TWIN), with_pack(CLIP, dequant_dtype="float16"))
+    found = pair.twins(with_stock(TWIN), with_pack(CLIP, dequant_dtype="float16"))
 
     decided = [event["reason"] for event in pair.plugin.events("policy.decided") if event["request"] == "OpenModel"]
     mapped = {event["file"]: event for event in pair.plugin.events("weights.mapped")}[CLIP]
@@ -53,7 +43,7 @@ def test_a_text_encoder_ends_in_the_mapping(pair: Pair) -> None:
     assert "dequant_dtype = float16 is superseded" in pair.plugin.log()
     assert mapped["bytes"] > 100 * MB
     assert mapped["copied_bytes"] < 1 * MB
-    other = latents(pair, with_stock("clip_l_other.safetensors"), with_pack("clip_l_other.safetensors"))
+    other = pair.twins(with_stock("clip_l_other.safetensors"), with_pack("clip_l_other.safetensors"))
     assert float((other - found).abs().max() / found.std()) > 0.01
 
 
@@ -62,13 +52,13 @@ def test_a_gguf_file_beside_another_format(cpu_pair: Pair) -> None:
     for first, second in (("clip_l_other.safetensors", CLIP), ("clip_l_scaled_fp8.safetensors", CLIP),
                           (CLIP, "clip_l_scaled_fp8.safetensors")):
         twins = [{CLIP: TWIN}.get(name, name.replace("fp8", "fp16")) for name in (first, second)]
-        latents(cpu_pair, with_stock(*twins), with_pack(first, second))
+        cpu_pair.twins(with_stock(*twins), with_pack(first, second))
 
 
 def test_an_encoder_that_shall_stay_on_the_cpu_does(npu_pair: Pair) -> None:
     """By the option that the stock node has too."""
     before = len(npu_pair.plugin.events("model.placed"))
-    latents(npu_pair, with_stock(TWIN, device="cpu"), with_pack(CLIP, device="cpu"))
+    npu_pair.twins(with_stock(TWIN, device="cpu"), with_pack(CLIP, device="cpu"))
 
     placed = [event for event in npu_pair.plugin.events("model.placed")[before:] if event["model"] == "SD1ClipModel"]
     assert {"cpu"} == {event["device"] for event in placed}

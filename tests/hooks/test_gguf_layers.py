@@ -16,9 +16,9 @@ import numpy
 import pytest
 import torch
 from residency.hooks import HookRegistry, all_hooks
-from residency.hooks.gguf_weights import is_gguf, keeps_file_format
+from residency.hooks.gguf_weights import is_gguf, keeps_file_format, weighted
 from residency.hooks.gguf_weights import ops as gguf_ops
-from residency.hooks.gguf_weights.layout import Layout, wrap
+from residency.hooks.gguf_weights.layout import wrap
 from residency.hooks.weights import PatcherWeights
 from residency.policies.files.bank import Bank
 from residency.policies.requests import PatchWeight, Request, WriteInPlace
@@ -296,7 +296,7 @@ class TestKeepingDense:
         """With the same result, and without being dequantised."""
         first = run(patcher)
         assert self.held(patcher) == self.SIZE
-        monkeypatch.setattr(Layout, "dequantize", None)
+        monkeypatch.setattr(weighted, "dense", None)
 
         assert torch.equal(first, run(patcher))
 
@@ -324,7 +324,7 @@ class TestKeepingDense:
             expected = run(theirs)
             assert torch.equal(expected, run(patcher))
             with monkeypatch.context() as patch:
-                patch.setattr(Layout, "dequantize", None)
+                patch.setattr(weighted, "dense", None)
                 assert torch.equal(expected, run(patcher))
         patcher.unpatch_model(CPU)
 
