@@ -42,7 +42,7 @@ class Telemetry:
 class Memory:
     ram_gb: Auto = field(default="auto", metadata=AUTO)
     pinned_gb: Auto = field(default="auto", metadata=AUTO)
-    pad_gb: Auto = field(default="auto", metadata=AUTO)
+    pad_gb: Auto = field(default="auto", metadata={**AUTO, "old": "system_ram_pad_gb"})
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Settings:
     """Everything a user can choose. `tables` holds each policy's own settings, by its name."""
 
     enabled: bool = True
-    policies: tuple[str, ...] = ("preload_cache", "zero_copy")
+    policies: tuple[str, ...] = ("hybrid_split", "preload_cache", "zero_copy")
     telemetry: Telemetry = Telemetry()
     memory: Memory = Memory()
     tables: Mapping[str, Any] = field(default_factory=dict, metadata={"table": False})
@@ -74,7 +74,7 @@ def load(files: Iterable[Path], policies: Mapping[str, type[Any]]) -> Settings:
             continue
         origin = str(file)
         _check(table, policies, origin)
-        _merge(merged, table)
+        _merge(merged, _renamed(table))
     tables = {name: fill(kind, merged.pop(name, {}), origin, f"{name}.") for name, kind in policies.items()}
     return dataclasses.replace(fill(Settings, merged, origin), tables=tables, origin=origin)
 
@@ -115,22 +115,25 @@ def fill(kind: type[T], table: Mapping[str, Any], origin: str, prefix: str = "")
     """Makes a settings dataclass from a TOML table.
 
     Args:
-        kind: a frozen dataclass. A field's metadata may hold `choices` (strings), `minimum`, and `key` where TOML's name is no
-            name in Python. A field without a default must be there.
+        kind: a frozen dataclass. A field's metadata may hold `choices` (strings), `minimum`, `maximum`, `key` where TOML's name
+            is no name in Python, and `old`, another name that is taken too. A field without a default must be there.
         origin: the file, for messages.
         prefix: the dotted path of the table, with its dot.
 
     Raises:
-        SettingsError: an unknown or missing key, a wrong type, a value outside its choices or below its minimum.
+        SettingsError: an unknown or missing key, a wrong type, a value outside its choices or its range.
     """
     hints = typing.get_type_hints(kind)
     known = {f.metadata.get("key", f.name): f for f in dataclasses.fields(typing.cast(Any, kind))
              if f.metadata.get("table", True)}
+    old = {f.metadata["old"]: f for f in known.values() if "old" in f.metadata}
     values: dict[str, Any] = {}
     for key, value in table.items():
-        if key not in known:
+        slot = known.get(key) or old.get(key)
+        if slot is None:
             raise SettingsError(f"{origin}: unknown key '{prefix}{key}'{nearest(key, known)}")
-        slot = known[key]
+        if slot.name in values:
+            raise SettingsError(f"{origin}: '{prefix}{slot.name}' is there twice, once as '{slot.metadata['old']}'")
         values[slot.name] = _convert(hints[slot.name], value, slot.metadata, f"{origin}: '{prefix}{key}'", f"{prefix}{key}.")
     missing = [key for key, slot in known.items() if slot.default is slot.default_factory is dataclasses.MISSING
                and slot.name not in values]
@@ -159,7 +162,8 @@ def _convert(hint: Any, value: Any, limits: Mapping[str, Any], where: str, prefi
     choices = limits.get("choices")
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is Auto:
-        ok, wanted = number or value in (choices or ()), '"auto" or a number of gigabytes'
+        unit = "" if "maximum" in limits else " of gigabytes"
+        ok, wanted = number or value in (choices or ()), f'"auto" or a number{unit}'
     elif hint is float:
         ok, wanted = number, "a number"
     elif hint is int:
@@ -172,9 +176,11 @@ def _convert(hint: Any, value: Any, limits: Mapping[str, Any], where: str, prefi
     else:
         ok, wanted = isinstance(value, list) and all(isinstance(v, str) for v in value), "a list of strings"
         value = tuple(value) if ok else value
-    least = limits.get("minimum", -LARGEST)
-    if ok and number and not least <= value <= LARGEST:
-        ok, wanted = False, wanted + (f" of at least {least}" if value < least else f" of at most {LARGEST}")
+    least, most = limits.get("minimum", -LARGEST), limits.get("maximum", LARGEST)
+    if ok and number and not least <= value <= most:
+        ok = False
+        wanted += f" from {least} to {most}" if "maximum" in limits else f" of at least {least}" if value < least \
+            else f" of at most {LARGEST}"
     if not ok:
         raise SettingsError(f"{where} must be {wanted}, not {value!r}")
     return value
@@ -217,6 +223,14 @@ def _check(table: Mapping[str, Any], policies: Mapping[str, type[Any]], origin: 
         if not isinstance(table.get(name, {}), dict):
             raise SettingsError(f"{origin}: '{name}' is a table, write [{name}]")
         fill(kind, table.get(name, {}), origin, f"{name}.")
+
+
+def _renamed(table: dict[str, Any]) -> dict[str, Any]:
+    """The table with today's names, so that files that use different ones are merged."""
+    memory = {f.metadata["old"]: f.name for f in dataclasses.fields(Memory) if "old" in f.metadata}
+    if "memory" in table:
+        table["memory"] = {memory.get(key, key): value for key, value in table["memory"].items()}
+    return table
 
 
 def _merge(into: dict[str, Any], table: Mapping[str, Any]) -> None:

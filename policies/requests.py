@@ -115,12 +115,13 @@ class PlaceModel(Request):
     """A model is about to be made ready on its device.
 
     Attributes:
-        budget_bytes: device memory that its weights may take; None is no limit.
+        more_bytes: device memory that its weights may take beside what they have there, negative where they should give some
+            back; None is no limit.
     """
 
     weights: Weights
     device: torch.device
-    budget_bytes: float | None
+    more_bytes: float | None
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,12 @@ def test_shipped_file_has_every_key() -> None:
     assert keys(settings.tomllib.loads(SHIPPED.read_text(encoding="utf-8"))) == expected
 
 
+def test_an_old_name_is_taken_and_wins_over_the_shipped_file(tmp_path: Path) -> None:
+    """`system_ram_pad_gb` is what a pack that came before calls `pad_gb`."""
+    file = write(tmp_path / "settings.toml", "[memory]\nsystem_ram_pad_gb = 3")
+    assert load([SHIPPED, file], TABLES).memory.pad_gb == 3
+
+
 def test_defaults_hold_without_any_file(tmp_path: Path) -> None:
     """A deleted file is no error."""
     assert load([tmp_path / "none.toml"], TABLES) == Settings(tables=DEFAULTS)
@@ -95,6 +101,13 @@ def test_byte_order_mark_is_skipped(tmp_path: Path) -> None:
     ("[zero_cpoy]", ": unknown key 'zero_cpoy', perhaps you meant 'zero_copy'"),
     ("[telemetry]\norigin = 'x'", ": unknown key 'telemetry.origin'; known are console, file, keep, max_mb"),
     ("[telemetry]\nconsol = 'off'", ": unknown key 'telemetry.consol', perhaps you meant 'console'"),
+    ("[memory]\nsystem_ram_pad_gb = 1\npad_gb = 2", ": 'memory.pad_gb' is there twice, once as 'system_ram_pad_gb'"),
+    ("[hybrid_split]\noverhead_percent = 31",
+     ": 'hybrid_split.overhead_percent' must be a number from 10 to 30, not 31"),
+    ("[hybrid_split]\nconservative_factor = 0.4",
+     ": 'hybrid_split.conservative_factor' must be a number from 0.5 to 0.9, not 0.4"),
+    ("[[hybrid_split.rules]]\nconservative_factor = 1",
+     ": 'hybrid_split.rules.conservative_factor' must be \"auto\" or a number from 0.5 to 0.9, not 1"),
     ("[memory]\nqqq = 1", ": unknown key 'memory.qqq'; known are pad_gb, pinned_gb, ram_gb"),
     ("[zero_copy]\nkeep_bg = 1", ": unknown key 'zero_copy.keep_bg', perhaps you meant 'keep_gb'"),
     ("[zero_copy.read_ahead]\nx = 1", ": 'zero_copy.read_ahead' must be true or false, not {'x': 1}"),

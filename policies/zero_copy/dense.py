@@ -49,9 +49,9 @@ class DenseWeights:
     def _size(self, request: PlaceModel, room: DenseRoom, missing: int) -> int:
         if not isinstance(self._keep_gb, str):
             return int(self._keep_gb * GB)
-        if request.budget_bytes is None or request.device.type == "cpu":
+        if request.more_bytes is None or request.device.type == "cpu":
             return 0  # no limit is no figure
-        return max(0, int(request.budget_bytes) - missing + room.held) // 2
+        return max(0, int(request.more_bytes) - missing + room.held) // 2
 
     def free(self, request: FreeMemory) -> Decision | None:
         rooms = [room for room in self._rooms if room.held and room.device == request.device]

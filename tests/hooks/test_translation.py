@@ -321,13 +321,13 @@ class TestPlacing:
         loaded.model_load(memory)
 
         assert isinstance(host.request, PlaceModel)
-        assert (patcher.model, CPU, budget) == (host.request.weights.module, host.request.device, host.request.budget_bytes)
+        assert (patcher.model, CPU, budget) == (host.request.weights.module, host.request.device, host.request.more_bytes)
 
     @pytest.mark.parametrize(("budget", "memory"), [(None, 0), (32.0, 32.0)])
     def test_a_policy_may_change_the_budget(self, host: Host, patcher: Any, budget: float | None, memory: float) -> None:
         """Our None is the host's 0 on the way back too."""
         host.watch("comfy.model_management.LoadedModel.model_load")
-        host.amend = lambda request: replace(request, budget_bytes=budget)
+        host.amend = lambda request: replace(request, more_bytes=budget)
 
         comfy.model_management.LoadedModel(patcher).model_load(64)
 
@@ -346,7 +346,7 @@ class TestPlacing:
     def test_telemetry_hears_of_a_model_whose_budget_changed(self, host: Host, ring: Ring, patcher: Any) -> None:
         """The host answers as before, and the line about it stays."""
         host.watch("comfy.model_management.LoadedModel.model_load", ...)
-        host.amend = lambda request: replace(request, budget_bytes=None)
+        host.amend = lambda request: replace(request, more_bytes=None)
 
         comfy.model_management.LoadedModel(patcher).model_load(64)
 
