@@ -93,6 +93,17 @@ class Memory:
     def free_bytes(self, device: str) -> int:
         return int(comfy.model_management.get_free_memory(torch.device(device)))
 
+    def total_bytes(self, device: str) -> int:
+        return int(comfy.model_management.get_total_memory(torch.device(device)))
+
+    def has_device(self, device: str) -> bool:
+        try:
+            wanted = torch.device(device)
+            module: Any = torch.get_device_module(wanted) if wanted.type != "cpu" else None
+        except (RuntimeError, ValueError):  # no such word, or this torch was built without it
+            return False
+        return module is None or (module.is_available() and (wanted.index or 0) < module.device_count())
+
     def can_pin(self) -> bool:
         return bool(getattr(comfy.model_management, "MAX_PINNED_MEMORY", 0) > 0)
 

@@ -18,6 +18,7 @@ import torch
 from ..policies.files.bank import Bank
 from ..policies.memory import Residency
 from . import devices
+from .answers import kind_of, patcher_of
 
 _SAMPLES = 16
 _HOST_MARKS = {"_select_base_load_device", "_select_base_offload_device"}  # what the host's device nodes come back to
@@ -46,13 +47,9 @@ class Reload:
 def keep(answer: Any, bank: Bank) -> Kept | None:
     """None for an answer that holds something which can be neither cloned nor copied, or no weights at all."""
     parts = answer if isinstance(answer, tuple) else (answer,)
-    patchers = [patcher for patcher in map(_patcher, parts) if patcher is not None]
+    patchers = [patcher for patcher in map(patcher_of, parts) if patcher is not None]
     copyable = all(part is None or hasattr(part, "clone") or hasattr(part, "patcher") for part in parts)
     return Kept(answer, patchers, bank) if patchers and copyable else None
-
-
-def _patcher(part: Any) -> Any:
-    return part if hasattr(part, "model_patches_to") else getattr(part, "patcher", None)
 
 
 class Kept:
@@ -66,12 +63,13 @@ class Kept:
             if factory is not None and not isinstance(factory[0], Reload):
                 patcher.cached_patcher_init = (Reload(factory[0]), *factory[1:])
         self._layers, self._marks, self._weights = _layers(patchers), _marks(patchers), _samples(patchers)
+        kinds = [kind_of(part) for part in (answer if isinstance(answer, tuple) else (answer,)) if patcher_of(part) is not None]
         self._followed = [kind if _devices(patcher) == devices.role(kind) else None
-                          for patcher, kind in zip(patchers, map(self._kind, patchers), strict=True)]
+                          for patcher, kind in zip(patchers, kinds, strict=True)]
 
     def lend(self) -> Any:
         lent = tuple(map(self._copy, self._answer)) if isinstance(self._answer, tuple) else self._copy(self._answer)
-        self._lent += [ref(_patcher(part)) for part in (lent if isinstance(lent, tuple) else (lent,)) if _patcher(part)]
+        self._lent += [ref(patcher_of(part)) for part in (lent if isinstance(lent, tuple) else (lent,)) if patcher_of(part)]
         return lent
 
     def in_use(self) -> bool:
@@ -114,13 +112,6 @@ class Kept:
         for part in self._answer if isinstance(self._answer, tuple) else (self._answer,):
             if hasattr(part, "first_stage_model"):
                 part.device = part.patcher.load_device
-
-    def _kind(self, patcher: Any) -> str:
-        if patcher.is_clip:
-            return "text encoder"
-        owner = next((part for part in (self._answer if isinstance(self._answer, tuple) else (self._answer,))
-                      if _patcher(part) is patcher), None)
-        return "VAE" if hasattr(owner, "first_stage_model") else "diffusion model"
 
     @staticmethod
     def _copy(part: Any) -> Any:

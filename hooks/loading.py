@@ -18,6 +18,7 @@ from ..policies.files.bank import Bank
 from ..policies.models import Recipe
 from ..policies.requests import FindFile, ListFiles, LoadModel
 from . import devices, kept
+from .answers import parts_of
 from .call import HostCall
 from .registry import Hook
 from .seam import Seam
@@ -37,7 +38,7 @@ def hooks(bank: Bank) -> tuple[Hook, ...]:
         if kept.wanted_alone() or options.get("disable_dynamic"):
             return None
         options = {**options, "devices": devices.chosen()}
-        return LoadModel(kind, paths, options, partial(kept.keep, bank=bank), recipe)
+        return LoadModel(kind, paths, options, partial(kept.keep, bank=bank), recipe, parts_of)
 
     def diffusion_model(call: HostCall) -> LoadModel | None:
         options = dict(call.arguments())

@@ -81,9 +81,10 @@ def hooks(bank: Bank, stopwatch: Stopwatch) -> tuple[Hook, ...]:
 
     return (
         Hook(Seam("comfy.model_management", "load_models_gpu", ("models",)), PlaceModels,
-             lambda call: PlaceModels(len(call["models"])), report=stopwatch.add),
+             lambda call: PlaceModels(tuple(PatcherWeights(patcher) for patcher in call["models"])), report=stopwatch.add),
         Hook(Seam("comfy.model_management", "LoadedModel.model_load", ("lowvram_model_memory",)), PlaceModel, place,
-             lambda request: {"lowvram_model_memory": request.more_bytes or 0}, report=placed),
+             lambda request: {"lowvram_model_memory": 0 if request.more_bytes is None else request.more_bytes or 0.1},
+             report=placed),
         Hook(Seam("comfy.model_patcher", "ModelPatcher.load", ("device_to",)), MoveWeights,
              lambda call: MoveWeights(PatcherWeights(call.instance), call["device_to"])),
         Hook(Seam("comfy.model_patcher", "ModelPatcher.pin_weight_to_device", ("key",)), PinWeight,

@@ -67,7 +67,8 @@ def _freed(call: HostCall, request: FreeMemory, answer: Any, seconds: float) -> 
 
 HOOKS = (
     Hook(Seam("comfy.model_management", "free_memory", ("memory_required", "device")), FreeMemory,
-         lambda call: FreeMemory(str(call["device"]), float(call["memory_required"])), report=_freed),
+         lambda call: FreeMemory(str(call["device"]), float(call["memory_required"])),
+         lambda request: {"memory_required": request.bytes_wanted}, report=_freed),
     Hook(Seam("comfy.model_management", "LoadedModel.model_unload", ("memory_to_free",)), ReleaseModel, _unload,
          report=_unloaded),
     Hook(Seam("comfy.model_patcher", "ModelPatcher.detach", ("unpatch_all",)), ReleaseModel, _detach, report=_released),

@@ -1,12 +1,19 @@
 """A ComfyUI patcher's parameters, as policies see them."""
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from .gguf_weights import keeps_file_format
 from .gguf_weights.dense import DenseRoom
+from .kept import parts
+from .load_plan import LoadPlan
+
+_PAGE = 32 * 2**20  # of dynamic VRAM
 
 
 class PatcherWeights:
@@ -70,3 +77,42 @@ class PatcherWeights:
 
     def load_device(self) -> str:
         return str(self._patcher.load_device)
+
+    @property
+    def is_text_encoder(self) -> bool:
+        return bool(self._patcher.is_clip)
+
+    def by_device(self) -> Mapping[str, int]:
+        found: Counter[str] = Counter()
+        for tensor in (*self.module.parameters(), *self.module.buffers()):
+            for part in parts(tensor):
+                found[str(part.device)] += part.nbytes
+        if self.streamed_by_host:  # its own pages; the parameters stay where they are
+            found[self.load_device()] += self.on_device()
+        return found
+
+    @cached_property
+    def _plan(self) -> LoadPlan | None:
+        return None if self.streamed_by_host else LoadPlan(self._patcher)
+
+    def foreseen(self, more: float) -> int:
+        return self._plan.foreseen(more) if self._plan is not None else 0
+
+    def left_over(self, more: float) -> int:
+        return self._plan.left_over(more) if self._plan is not None else 0
+
+    def more_for(self, limit: int) -> float:
+        return self._plan.more_for(limit) if self._plan is not None else 0.0
+
+    def take_off(self) -> None:
+        self.__dict__.pop("_plan", None)
+        self._patcher.unpatch_model(self._patcher.offload_device, True)
+
+    def cap(self, limit: int | None) -> bool:
+        ranges = getattr(self.module, "dynamic_vbars", {})
+        pages = ranges.get(self._patcher.load_device)
+        if pages is None or not hasattr(pages, "set_watermark"):
+            return False
+        # Of pages; the host rounds up. Placing it again lifts the limit.
+        pages.set_watermark(self.size() * 10 if limit is None else limit // _PAGE * _PAGE)
+        return True

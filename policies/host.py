@@ -55,6 +55,12 @@ class Memory(Protocol):
     def free_bytes(self, device: str) -> int:
         """What can be allocated on a device now."""
 
+    def total_bytes(self, device: str) -> int:
+        """All memory of a device."""
+
+    def has_device(self, device: str) -> bool:
+        """Whether torch can use a device of this name here."""
+
     def can_pin(self) -> bool:
         """The host page-locks weights that stay off the device."""
 

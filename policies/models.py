@@ -1,7 +1,7 @@
 """Models as their loaders give them: what a user chose, and what the host made of it."""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,6 +27,22 @@ class Recipe:
     type: str = "stable_diffusion"
     device: str = "default"
     weight_dtype: str = "default"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A model in a loader's answer.
+
+    Attributes:
+        component: "diffusion_model", "text_encoder", "vae", or "" for another kind.
+        size: bytes of its weights.
+        run_on: sets the device that it runs on from now on, as torch calls it.
+    """
+
+    component: str
+    module: torch.nn.Module
+    size: int
+    run_on: Callable[[str], None]
 
 
 class Kept(Protocol):

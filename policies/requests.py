@@ -4,13 +4,13 @@ Policies see the host's models only as `weights.Weights`; tensors and modules ar
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from .models import Kept, Recipe
+from .models import Kept, Part, Recipe
 from .weights import Weights
 
 
@@ -27,6 +27,7 @@ class LoadModel(Request):
     Attributes:
         options: everything else that the result depends on, the host's present devices too.
         keep: makes of the host's answer something that can be lent again; None where it cannot.
+        parts: the models in the host's answer.
     """
 
     kind: str
@@ -34,6 +35,7 @@ class LoadModel(Request):
     options: Mapping[str, Any]
     keep: Callable[[Any], Kept | None]
     recipe: Recipe | None = None
+    parts: Callable[[Any], Sequence[Part]] = lambda answer: ()
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,7 @@ class FreeMemory(Request):
 class PlaceModels(Request):
     """Several models are about to be made ready together."""
 
-    count: int
+    weights: tuple[Weights, ...]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """A model's parameters, as policies see them. `hooks/weights.py` answers for ComfyUI's patchers."""
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -44,6 +45,9 @@ class Weights(Protocol):
     def patched(self) -> set[str]:
         """Names that a LoRA, a merge or a hook will change."""
 
+    def load_device(self) -> str:
+        """The device that the model runs on."""
+
     def size(self) -> int:
         """Bytes of all weights."""
 
@@ -58,6 +62,30 @@ class Weights(Protocol):
 
     def drop_dense(self) -> None:
         """Layers over GGUF blocks let go of dense weights."""
+
+    @property
+    def is_text_encoder(self) -> bool: ...
+
+    def by_device(self) -> Mapping[str, int]:
+        """Where the bytes of the weights are, counted at the tensors themselves."""
+
+    def foreseen(self, more: float) -> int:
+        """Bytes that will be on the device once the host was given so many bytes beside those that are there."""
+
+    def left_over(self, more: float) -> int:
+        """Bytes that would then be there although the host counts them as streamed."""
+
+    def more_for(self, limit: int) -> float:
+        """What to give the host so that as much as possible of `limit` bytes is on the device, and not one byte above."""
+
+    def take_off(self) -> None:
+        """Takes all weights off the device, so that the host loads them anew."""
+
+    def cap(self, limit: int | None) -> bool:
+        """Of weights that the host streams itself, keeps at most so many bytes on the device until they are placed again.
+
+        None lifts the limit. Whether this host can do that; asked after it has placed them.
+        """
 
     def keep_mapping(self) -> None:
         """A pack that copies what is not on the device out of its file's mapping need not, from now on."""

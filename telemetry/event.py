@@ -42,6 +42,11 @@ NAMES = frozenset({
     "cache.imported",       # file, wishes, auto_gpu_load, skipped: entries that cannot be used
     "snapshot.ready",       # devices that the host chose, by kind of model
     "snapshot.restored",    # devices that it chose anew
+    "split.planned",        # model, device, mode: gpu_only | hybrid | insufficient, figure, rule if one holds, predicted_bytes
+                            # on the device, streamed_bytes, budget_bytes if there is one
+    "split.insufficient",   # model, device, shortfall_bytes, reason
+    "split.capped",         # model, device, figure, budget_bytes: of the pages that ComfyUI keeps on the device itself
+    "split.moved",          # model, device: it runs there, as a rule says
     "model.built",          # model, seconds
     "model.placed",         # model, device, seconds, device_bytes, mapped_bytes, host_bytes
     "model.released",       # model, device, seconds, bytes, partly

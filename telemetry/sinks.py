@@ -20,10 +20,11 @@ _INFO = frozenset({
     "policy.ineffective", "weights.read_ahead", "gguf.read", "weights.mapped", "weights.restored", "weights.released",
     "file.changed", "file.unreadable", "model.placed", "prompt.finished", "plugin.started", "settings.changed",
     "memory.emptied", "cache.hit", "cache.evicted", "cache.preloaded", "cache.skipped", "cache.ready", "cache.stopped",
-    "cache.imported", "snapshot.ready", "snapshot.restored",
+    "cache.imported", "snapshot.ready", "snapshot.restored", "split.planned", "split.insufficient", "split.capped",
+    "split.moved",
 })
 _WARNING = frozenset({"hook.failed", "policy.failed", "policy.ineffective", "file.changed", "file.unreadable", "hook.shadowed",
-                      "cache.skipped"})
+                      "cache.skipped", "split.insufficient"})
 
 # What a line is about, in this order; then how it went, each with its preposition; and what comes last, after a colon.
 _SUBJECTS = ("file", "model", "hook", "policy", "request", "prompt", "type")

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..policy import Decision, Policy
-from ..requests import PlaceModel, Request
+from ..policy import Decision, Effect, Policy
+from ..requests import FreeMemory, LoadModel, PlaceModel, PlaceModels, Request
+from .origins import Origins
 from .settings import Settings
+from .split import Splitter
 
 if TYPE_CHECKING:
     from .. import Tools
@@ -29,12 +31,16 @@ class HybridSplit(Policy):
 
     def __init__(self, settings: Settings, tools: Tools) -> None:
         self.settings: Settings = settings
-        self._rules: dict[type[Request], Any] = {PlaceModel: self._place}
+        origins = Origins(settings, tools)
+        self._splitter = Splitter(settings, tools, origins)
+        self._rules: dict[type[Request], Any] = {PlaceModel: self._splitter.place}
+        if settings.rules:
+            self._rules |= {LoadModel: origins.load, PlaceModels: self._splitter.place_models, FreeMemory: self._splitter.free}
         self.answers = frozenset(self._rules)
 
     def decide(self, request: Request) -> Decision | None:
         rule: Any = self._rules.get(type(request))
         return rule(request) if rule else None
 
-    def _place(self, request: PlaceModel) -> Decision | None:
-        return None
+    def prompt_ended(self) -> Effect | None:
+        return self._splitter.take_effect()

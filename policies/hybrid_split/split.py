@@ -1,0 +1,200 @@
+"""The budget that a model is placed with, whether it was kept, and how much room is made for it."""
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+
+from ...telemetry import emit
+from ..memory import GB, ram
+from ..policy import Decision, Effect, Proceed
+from ..requests import FreeMemory, PlaceModel, PlaceModels
+from ..weights import Weights
+from . import budget, rules
+from .origins import Origins
+from .settings import Rule, Settings
+
+if TYPE_CHECKING:
+    from .. import Tools
+
+TOLERANCE = 0.02  # of the model's size: what may lie between foretold and found
+_STOCK_SHARE = 1.1  # of a model's size: what ComfyUI makes room for
+_spare: ContextVar[dict[str, float] | None] = ContextVar("residency_spare", default=None)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A budget and whose it is.
+
+    Attributes:
+        limit: bytes of weights on the device, at most.
+        total: bytes for weights and the host's buffer for streaming; None where `limit` says it, or nothing limits it.
+    """
+
+    figure: str
+    limit: int | None = None
+    total: float | None = None
+
+
+class Splitter:
+    """Decides on `PlaceModel`, and on `PlaceModels` and `FreeMemory` for models with a limit of their own.
+
+    Args:
+        reserve_of: bytes that a model needed beside ComfyUI's figure when it ran out of memory.
+    """
+
+    def __init__(self, settings: Settings, tools: Tools, origins: Origins,
+                 reserve_of: Callable[[torch.nn.Module], int] = lambda module: 0) -> None:
+        self._settings, self._tools, self._origins, self._reserve_of = settings, tools, origins, reserve_of
+        self._told: WeakKeyDictionary[torch.nn.Module, tuple[Any, ...]] = WeakKeyDictionary()
+        self._given_up: WeakSet[torch.nn.Module] = WeakSet()
+        self._predicted = self._observed = 0
+        self._paging_told = False
+
+    def place(self, request: PlaceModel) -> Decision | None:
+        weights = request.weights
+        if request.more_bytes is None or request.device.type == "cpu" or weights.module in self._given_up:
+            return None  # the host loads it whole: it cannot be split, or the user said so
+        rule = self._origins.rule(weights)
+        choice = self._choose(request, rule)
+        return None if choice is None else Decision("", partial(self._place, request, rule, choice))
+
+    def _choose(self, request: PlaceModel, rule: Rule | None) -> Choice | None:
+        weights, device = request.weights, str(request.device)
+        if self._settings.skip_clip and weights.is_text_encoder:
+            return None
+        limit = self._limit(rule)
+        if limit is not None:
+            return Choice("the rule's", limit=limit)
+        if rule is not None and rule.residency == "device":
+            return Choice("the rule's")
+        factor = self._settings.conservative_factor if rule is None or isinstance(rule.conservative_factor, str) \
+            else rule.conservative_factor
+        if self._settings.mode == "conservative" or (rule is not None and not isinstance(rule.conservative_factor, str)):
+            memory = self._tools.host.memory
+            free = memory.free_bytes(device) + weights.on_device()
+            total = budget.conservative(memory.total_bytes(device), free, self._settings.overhead_percent, factor)
+            return Choice("conservative", total=total)
+        reserve = self._reserve_of(weights.module)
+        if not reserve:
+            return None
+        assert request.more_bytes is not None
+        return Choice("ComfyUI's, less what it lacked before", total=weights.on_device() + request.more_bytes - reserve)
+
+    @staticmethod
+    def _limit(rule: Rule | None) -> int | None:
+        """What a rule says by itself, whatever is free."""
+        if rule is None:
+            return None
+        if rule.residency == "host":
+            return 0
+        return None if isinstance(rule.device_gb, str) else int(rule.device_gb * GB)
+
+    def _place(self, request: PlaceModel, rule: Rule | None, choice: Choice, proceed: Proceed) -> Any:
+        weights = request.weights
+        if weights.streamed_by_host:
+            return self._cap(request, choice, proceed)
+        more = self._more(weights, choice)
+        if more is not None and weights.left_over(more):
+            weights.take_off()
+            more = self._more(weights, choice)
+        predicted = weights.size() if more is None else weights.foreseen(more)
+        self._tell(request, rule, choice, predicted)
+        answer = proceed(dataclasses.replace(request, more_bytes=more))
+        self._check(weights, str(request.device), predicted)
+        return answer
+
+    @staticmethod
+    def _more(weights: Weights, choice: Choice) -> float | None:
+        if choice.limit is not None:
+            return weights.more_for(choice.limit)
+        return None if choice.total is None else choice.total - weights.on_device()
+
+    def _tell(self, request: PlaceModel, rule: Rule | None, choice: Choice, predicted: int) -> None:
+        """Once for each change, and before anything is loaded."""
+        weights = request.weights
+        state = (choice.figure, rule, predicted)
+        if self._told.get(weights.module) == state:
+            return
+        self._told[weights.module] = state
+        allowed = choice.limit if choice.limit is not None else choice.total
+        found = budget.verdict(weights.size(), weights.size() if allowed is None else min(weights.size(), predicted),
+                               self._ram_room(weights.module))
+        told: dict[str, Any] = {"model": weights.name, "device": str(request.device)}
+        emit("split.planned", **told, mode=found.mode, figure=choice.figure, predicted_bytes=predicted,
+             streamed_bytes=weights.size() - predicted, **({} if rule is None else {"rule": rules.label(rule)}),
+             **({} if allowed is None else {"budget_bytes": int(allowed)}))
+        if found.shortfall:
+            emit("split.insufficient", **told, shortfall_bytes=found.shortfall,
+                 reason="the device and RAM together do not hold it; a smaller file, or a smaller memory.pad_gb, would")
+
+    def _ram_room(self, module: torch.nn.Module) -> int:
+        private = sum(parameter.nbytes for parameter in module.parameters()
+                      if parameter.device.type == "cpu" and self._tools.bank.file_of(parameter) is None)
+        return ram()[1] - self._tools.ledger.pad() + private
+
+    def _check(self, weights: Weights, device: str, predicted: int) -> None:
+        observed = weights.by_device().get(device, 0)
+        self._predicted, self._observed = self._predicted + predicted, self._observed + observed
+        if abs(observed - predicted) > TOLERANCE * weights.size():
+            self._given_up.add(weights.module)
+            emit("policy.ineffective", policy="hybrid_split", reason=f"{weights.name} was split in another way",
+                 predicted_bytes=predicted, observed_bytes=observed)
+
+    def _cap(self, request: PlaceModel, choice: Choice, proceed: Proceed) -> Any:
+        """The host pages these weights itself: its pages get a limit, where its library has one."""
+        weights = request.weights
+        limit = choice.limit if choice.limit is not None or choice.total is None else int(choice.total)
+        answer = proceed()
+        if limit is None:
+            return answer
+        if weights.cap(limit):
+            state = (choice.figure, limit)
+            if self._told.get(weights.module) != state:
+                self._told[weights.module] = state
+                emit("split.capped", model=weights.name, device=str(request.device), figure=choice.figure, budget_bytes=limit)
+        elif not self._paging_told:
+            self._paging_told = True
+            emit("policy.declined", policy="hybrid_split, dynamic VRAM",
+                 reason="this ComfyUI's paging library takes no limit for a model; --reserve-vram or a newer ComfyUI does")
+        return answer
+
+    def place_models(self, request: PlaceModels) -> Decision | None:
+        """Models that need less than all of their size there spare others."""
+        spare: dict[str, float] = {}
+        for weights in request.weights:
+            limit = self._limit(self._origins.rule(weights))
+            if limit is not None and not weights.streamed_by_host:
+                unused = weights.size() - max(limit, weights.on_device())
+                spare[weights.load_device()] = spare.get(weights.load_device(), 0) + max(0, unused)
+        if not any(spare.values()):
+            return None
+
+        def act(proceed: Proceed) -> Any:
+            token = _spare.set(spare)
+            try:
+                return proceed()
+            finally:
+                _spare.reset(token)
+
+        return Decision("", act)
+
+    def free(self, request: FreeMemory) -> Decision | None:
+        spare = _spare.get()
+        unused = spare.pop(request.device, 0) if spare else 0  # the first room made is for the weights, later ones for the rest
+        if not unused:
+            return None
+        wanted = max(0.0, request.bytes_wanted - _STOCK_SHARE * unused)
+        return Decision("", lambda proceed: proceed(dataclasses.replace(request, bytes_wanted=wanted)))
+
+    def take_effect(self) -> Effect | None:
+        """What was foretold and found since the last time."""
+        effect = Effect(self._predicted, self._observed) if self._predicted else None
+        self._predicted = self._observed = 0
+        return effect
