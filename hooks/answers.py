@@ -3,13 +3,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 
 from ..policies.models import Part
 
+
+class Origin(NamedTuple):
+    """What a model was loaded as, and from which files."""
+
+    component: str
+    paths: tuple[str, ...]
+
+
 _COMPONENTS = {"diffusion model": "diffusion_model", "text encoder": "text_encoder", "VAE": "vae"}
+_origins: WeakKeyDictionary[torch.nn.Module, Origin] = WeakKeyDictionary()
 
 
 def patcher_of(part: Any) -> Any:
@@ -28,6 +38,17 @@ def parts_of(answer: Any) -> Sequence[Part]:
     members = answer if isinstance(answer, tuple) else (answer,)
     return [Part(_COMPONENTS[kind_of(part)], patcher_of(part).model, int(patcher_of(part).model_size()), partial(_run_on, part))
             for part in members if patcher_of(part) is not None]
+
+
+def remember(answer: Any, paths: tuple[str, ...]) -> None:
+    """Notes where the models in a loader's answer come from. Clones share the module, so they are known too."""
+    for part in parts_of(answer):
+        _origins[part.module] = Origin(part.component, paths)
+
+
+def origin_of(patcher: Any) -> Origin:
+    """Of a model that came past no loader that we see: what its patcher says, and no files."""
+    return _origins.get(patcher.model) or Origin("text_encoder" if patcher.is_clip else "", ())
 
 
 def _run_on(part: Any, device: str) -> None:

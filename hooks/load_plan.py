@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import comfy.model_management
 
+_MISSING = object()
 _GRAIN = 1024  # bytes; no module that matters is smaller
 
 class Piece(NamedTuple):
@@ -44,27 +45,31 @@ class LoadPlan:
         self._buffer = 0 if anew else int(model.model_offload_buffer_memory)
         self._streams = int(comfy.model_management.NUM_STREAMS)
         self._pieces = sorted((Piece(cost, size, name, not anew and getattr(module, "comfy_patched_weights", False) is True)
-                               for cost, size, name, module, _ in patcher._load_list()), reverse=True)
+                               for cost, size, name, module, _ in _listed(patcher)), reverse=True)
 
-    def foreseen(self, more: float) -> int:
-        """Bytes of weights on the device after the host was given `more`."""
+    def foreseen(self, more: float, split: bool = False) -> int:
+        """Bytes of weights on the device after the host was given `more`.
+
+        Args:
+            split: the host is kept from loading everything at once where the budget with its buffer is as large as the model.
+        """
         total = more + self._before
         if total < self.held:
             return self.held - self._taken_off(self.held - total)
         if self._whole:
             return self.held
-        return self.size if total > self.size else sum(piece.size for piece in self._put_on(total))
+        return self.size if total > self.size and not split else sum(piece.size for piece in self._put_on(total))
 
-    def left_over(self, more: float) -> int:
+    def left_over(self, more: float, split: bool = False) -> int:
         """Bytes that would stay on the device though the host counts them as off: modules that fitted into another budget."""
         total = more + self._before
-        if self._whole or not self.held <= total <= self.size:
+        if self._whole or total < self.held or (total > self.size and not split):
             return 0
         fitting = set(self._put_on(total))
         return sum(piece.size for piece in self._pieces if piece.loaded and piece not in fitting)
 
     def more_for(self, limit: int) -> float:
-        """The budget with which most of `limit` bytes of weights are on the device, and not one byte above."""
+        """The budget with which most of `limit` bytes of weights are on the device, and not one byte above; `split` then."""
         if limit >= self.size:
             return float(self.size + 1 - self._before)
         if self._whole or self.held > limit:
@@ -108,3 +113,18 @@ class LoadPlan:
                 freed += piece.size
                 ahead = [*ahead, piece.size][1:] if ahead else []
         return freed
+
+
+def _listed(patcher: Any) -> list[Any]:
+    """The host's own list of modules, as it will be: the dtype to compute in, which it asks for, is a patch of the model."""
+    model, name = patcher.model, "manual_cast_dtype"
+    before = vars(model).get(name, _MISSING)
+    if name in patcher.object_patches:
+        setattr(model, name, patcher.object_patches[name])
+    try:
+        return list(patcher._load_list())
+    finally:
+        if before is _MISSING:
+            vars(model).pop(name, None)
+        else:
+            setattr(model, name, before)

@@ -18,7 +18,7 @@ from ..policies.files.bank import Bank
 from ..policies.models import Recipe
 from ..policies.requests import FindFile, ListFiles, LoadModel
 from . import devices, kept
-from .answers import parts_of
+from .answers import parts_of, remember
 from .call import HostCall
 from .registry import Hook
 from .seam import Seam
@@ -32,7 +32,8 @@ def hooks(bank: Bank) -> tuple[Hook, ...]:
     """The hooks of this file; `bank` tells which weights are a file's mapping."""
 
     def hook(module: str, path: str, needs: tuple[str, ...], read: Callable[[HostCall], LoadModel | None]) -> Hook:
-        return Hook(Seam(module, path, needs), LoadModel, read)
+        return Hook(Seam(module, path, needs), LoadModel, read,
+                    report=lambda call, request, answer, seconds: remember(answer, request.paths))
 
     def request(kind: str, paths: tuple[str, ...], options: Mapping[str, Any], recipe: Recipe | None) -> LoadModel | None:
         if kept.wanted_alone() or options.get("disable_dynamic"):

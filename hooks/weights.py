@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .answers import origin_of
 from .gguf_weights import keeps_file_format
 from .gguf_weights.dense import DenseRoom
 from .kept import parts
@@ -79,8 +80,12 @@ class PatcherWeights:
         return str(self._patcher.load_device)
 
     @property
-    def is_text_encoder(self) -> bool:
-        return bool(self._patcher.is_clip)
+    def component(self) -> str:
+        return origin_of(self._patcher).component
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return origin_of(self._patcher).paths
 
     def by_device(self) -> Mapping[str, int]:
         found: Counter[str] = Counter()
@@ -95,11 +100,11 @@ class PatcherWeights:
     def _plan(self) -> LoadPlan | None:
         return None if self.streamed_by_host else LoadPlan(self._patcher)
 
-    def foreseen(self, more: float) -> int:
-        return self._plan.foreseen(more) if self._plan is not None else 0
+    def foreseen(self, more: float, split: bool = False) -> int:
+        return self._plan.foreseen(more, split) if self._plan is not None else 0
 
-    def left_over(self, more: float) -> int:
-        return self._plan.left_over(more) if self._plan is not None else 0
+    def left_over(self, more: float, split: bool = False) -> int:
+        return self._plan.left_over(more, split) if self._plan is not None else 0
 
     def more_for(self, limit: int) -> float:
         return self._plan.more_for(limit) if self._plan is not None else 0.0
@@ -108,11 +113,10 @@ class PatcherWeights:
         self.__dict__.pop("_plan", None)
         self._patcher.unpatch_model(self._patcher.offload_device, True)
 
-    def cap(self, limit: int | None) -> bool:
+    def cap(self, limit: int) -> bool:
         ranges = getattr(self.module, "dynamic_vbars", {})
         pages = ranges.get(self._patcher.load_device)
         if pages is None or not hasattr(pages, "set_watermark"):
             return False
-        # Of pages; the host rounds up. Placing it again lifts the limit.
-        pages.set_watermark(self.size() * 10 if limit is None else limit // _PAGE * _PAGE)
+        pages.set_watermark(limit // _PAGE * _PAGE)  # the library rounds up
         return True

@@ -128,10 +128,15 @@ class PlaceModel(Request):
 
 @dataclass(frozen=True)
 class MoveWeights(Request):
-    """The classic patcher is about to move weights to the device and patch them."""
+    """The classic patcher is about to move weights to the device and patch them.
+
+    Attributes:
+        whole: all of them at once, whatever the budget is.
+    """
 
     weights: Weights
     device: torch.device | None
+    whole: bool = False
 
 
 @dataclass(frozen=True)

@@ -64,27 +64,39 @@ class Weights(Protocol):
         """Layers over GGUF blocks let go of dense weights."""
 
     @property
-    def is_text_encoder(self) -> bool: ...
+    def component(self) -> str:
+        """As `models.Part.component`."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The files that it was loaded from; none where nobody saw that."""
 
     def by_device(self) -> Mapping[str, int]:
         """Where the bytes of the weights are, counted at the tensors themselves."""
 
-    def foreseen(self, more: float) -> int:
-        """Bytes that will be on the device once the host was given so many bytes beside those that are there."""
+    def foreseen(self, more: float, split: bool = False) -> int:
+        """Bytes that will be on the device once the host was given so many bytes beside those that are there.
 
-    def left_over(self, more: float) -> int:
+        Args:
+            split: the host does not load all of it at once (`MoveWeights.whole`).
+        """
+
+    def left_over(self, more: float, split: bool = False) -> int:
         """Bytes that would then be there although the host counts them as streamed."""
 
     def more_for(self, limit: int) -> float:
-        """What to give the host so that as much as possible of `limit` bytes is on the device, and not one byte above."""
+        """What to give the host so that as much as possible of `limit` bytes is on the device, and not one byte above.
+
+        That is with the room for its buffer, which may be more than the model's size: keep it from loading all of it then.
+        """
 
     def take_off(self) -> None:
         """Takes all weights off the device, so that the host loads them anew."""
 
-    def cap(self, limit: int | None) -> bool:
+    def cap(self, limit: int) -> bool:
         """Of weights that the host streams itself, keeps at most so many bytes on the device until they are placed again.
 
-        None lifts the limit. Whether this host can do that; asked after it has placed them.
+        Asked after the host has placed them. Whether it can do that.
         """
 
     def keep_mapping(self) -> None:

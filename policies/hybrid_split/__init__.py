@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..policy import Decision, Effect, Policy
-from ..requests import FreeMemory, LoadModel, PlaceModel, PlaceModels, Request
-from .origins import Origins
+from ..requests import FreeMemory, LoadModel, MoveWeights, PlaceModel, PlaceModels, Request
+from .choosing import Chooser
 from .settings import Settings
 from .split import Splitter
 
@@ -31,11 +31,12 @@ class HybridSplit(Policy):
 
     def __init__(self, settings: Settings, tools: Tools) -> None:
         self.settings: Settings = settings
-        origins = Origins(settings, tools)
-        self._splitter = Splitter(settings, tools, origins)
+        chooser = Chooser(settings, tools)
+        self._splitter = Splitter(settings, tools, chooser)
         self._rules: dict[type[Request], Any] = {PlaceModel: self._splitter.place}
         if settings.rules:
-            self._rules |= {LoadModel: origins.load, PlaceModels: self._splitter.place_models, FreeMemory: self._splitter.free}
+            self._rules |= {LoadModel: chooser.load, MoveWeights: self._splitter.move,
+                            PlaceModels: self._splitter.place_models, FreeMemory: self._splitter.free}
         self.answers = frozenset(self._rules)
 
     def decide(self, request: Request) -> Decision | None:

@@ -14,10 +14,10 @@ import torch
 from ...telemetry import emit
 from ..memory import GB, ram
 from ..policy import Decision, Effect, Proceed
-from ..requests import FreeMemory, PlaceModel, PlaceModels
+from ..requests import FreeMemory, MoveWeights, PlaceModel, PlaceModels
 from ..weights import Weights
 from . import budget, rules
-from .origins import Origins
+from .choosing import Chooser
 from .settings import Rule, Settings
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 TOLERANCE = 0.02  # of the model's size: what may lie between foretold and found
 _STOCK_SHARE = 1.1  # of a model's size: what ComfyUI makes room for
+_split: ContextVar[torch.nn.Module | None] = ContextVar("residency_split", default=None)  # being placed with a limit
 _spare: ContextVar[dict[str, float] | None] = ContextVar("residency_spare", default=None)
 
 
@@ -49,25 +50,25 @@ class Splitter:
         reserve_of: bytes that a model needed beside ComfyUI's figure when it ran out of memory.
     """
 
-    def __init__(self, settings: Settings, tools: Tools, origins: Origins,
+    def __init__(self, settings: Settings, tools: Tools, chooser: Chooser,
                  reserve_of: Callable[[torch.nn.Module], int] = lambda module: 0) -> None:
-        self._settings, self._tools, self._origins, self._reserve_of = settings, tools, origins, reserve_of
+        self._settings, self._tools, self._chooser, self._reserve_of = settings, tools, chooser, reserve_of
         self._told: WeakKeyDictionary[torch.nn.Module, tuple[Any, ...]] = WeakKeyDictionary()
         self._given_up: WeakSet[torch.nn.Module] = WeakSet()
-        self._predicted = self._observed = 0
+        self._effect: Effect | None = None
         self._paging_told = False
 
     def place(self, request: PlaceModel) -> Decision | None:
         weights = request.weights
         if request.more_bytes is None or request.device.type == "cpu" or weights.module in self._given_up:
             return None  # the host loads it whole: it cannot be split, or the user said so
-        rule = self._origins.rule(weights)
+        rule = self._chooser.rule(weights)
         choice = self._choose(request, rule)
         return None if choice is None else Decision("", partial(self._place, request, rule, choice))
 
     def _choose(self, request: PlaceModel, rule: Rule | None) -> Choice | None:
         weights, device = request.weights, str(request.device)
-        if self._settings.skip_clip and weights.is_text_encoder:
+        if self._settings.skip_clip and weights.component == "text_encoder":
             return None
         limit = self._limit(rule)
         if limit is not None:
@@ -100,15 +101,25 @@ class Splitter:
         weights = request.weights
         if weights.streamed_by_host:
             return self._cap(request, choice, proceed)
-        more = self._more(weights, choice)
-        if more is not None and weights.left_over(more):
+        more, split = self._more(weights, choice), choice.limit is not None and choice.limit < weights.size()
+        if more is not None and weights.left_over(more, split):
             weights.take_off()
             more = self._more(weights, choice)
-        predicted = weights.size() if more is None else weights.foreseen(more)
+        predicted = weights.size() if more is None else weights.foreseen(more, split)
         self._tell(request, rule, choice, predicted)
-        answer = proceed(dataclasses.replace(request, more_bytes=more))
+        token = _split.set(weights.module if split else None)
+        try:
+            answer = proceed(dataclasses.replace(request, more_bytes=more))
+        finally:
+            _split.reset(token)
         self._check(weights, str(request.device), predicted)
         return answer
+
+    def move(self, request: MoveWeights) -> Decision | None:
+        """A limit is of weights alone; with its buffer it may be more than the model, which the host would load whole."""
+        if not request.whole or _split.get() is not request.weights.module:
+            return None
+        return Decision("", lambda proceed: proceed(dataclasses.replace(request, whole=False)))
 
     @staticmethod
     def _more(weights: Weights, choice: Choice) -> float | None:
@@ -141,7 +152,8 @@ class Splitter:
 
     def _check(self, weights: Weights, device: str, predicted: int) -> None:
         observed = weights.by_device().get(device, 0)
-        self._predicted, self._observed = self._predicted + predicted, self._observed + observed
+        before = self._effect or Effect(0, 0)
+        self._effect = Effect(before.predicted_bytes + predicted, before.observed_bytes + observed)
         if abs(observed - predicted) > TOLERANCE * weights.size():
             self._given_up.add(weights.module)
             emit("policy.ineffective", policy="hybrid_split", reason=f"{weights.name} was split in another way",
@@ -169,7 +181,7 @@ class Splitter:
         """Models that need less than all of their size there spare others."""
         spare: dict[str, float] = {}
         for weights in request.weights:
-            limit = self._limit(self._origins.rule(weights))
+            limit = self._limit(self._chooser.rule(weights))
             if limit is not None and not weights.streamed_by_host:
                 unused = weights.size() - max(limit, weights.on_device())
                 spare[weights.load_device()] = spare.get(weights.load_device(), 0) + max(0, unused)
@@ -195,6 +207,5 @@ class Splitter:
 
     def take_effect(self) -> Effect | None:
         """What was foretold and found since the last time."""
-        effect = Effect(self._predicted, self._observed) if self._predicted else None
-        self._predicted = self._observed = 0
+        effect, self._effect = self._effect, None
         return effect

@@ -62,13 +62,20 @@ class FakeFormats:
 
 
 class FakeMemory:
-    """Whether the host pins, and what is free on every device."""
+    """Whether the host pins, what is free on every device, how large they are, and which there are."""
 
     def __init__(self) -> None:
-        self.pins, self.free = True, 2**30
+        self.pins, self.free, self.total = True, 2**30, 2**31
+        self.devices = {"cpu", "cuda:0"}
 
     def free_bytes(self, device: str) -> int:
         return self.free
+
+    def total_bytes(self, device: str) -> int:
+        return self.total
+
+    def has_device(self, device: str) -> bool:
+        return device in self.devices
 
     def can_pin(self) -> bool:
         return self.pins

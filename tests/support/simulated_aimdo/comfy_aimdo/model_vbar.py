@@ -10,31 +10,32 @@ _serials = itertools.count(1)
 
 
 class Page:
-    def __init__(self, size):
-        self.size, self.memory, self.serial, self.pins = size, None, 0, 0
+    def __init__(self, size, start):
+        self.size, self.end, self.memory, self.serial, self.pins = size, start + size, None, 0, 0
 
 
 class ModelVBAR:
     def __init__(self, size, device):
-        self.device, self.max_size, self.pages = device, size, []
+        self.device, self.max_size, self.pages, self.watermark = device, size, [], size
         _ranges.append(self)
 
     def prioritize(self):
         _ranges.remove(self)
         _ranges.append(self)
+        self.watermark = self.max_size
 
     def deprioritize(self):
         _ranges.remove(self)
         _ranges.insert(0, self)
 
     def alloc(self, size):
-        self.pages.append(Page(size))
+        self.pages.append(Page(size, self.pages[-1].end if self.pages else 0))
         return self, len(self.pages) - 1, size
 
     def fault(self, index):
         page = self.pages[index]
         if page.memory is None:
-            if not self._room(page.size):
+            if page.end > self.watermark or not self._room(page.size):
                 return None
             page.memory = torch.empty(page.size, dtype=torch.uint8, device=torch.device("npu", self.device))
             page.serial = next(_serials)
@@ -70,6 +71,13 @@ class ModelVBAR:
     def get_residency(self): return [(page.memory is not None) | bool(page.pins) << 1 for page in self.pages]
     def get_watermark(self): return len(self.pages)
     def set_watermark_limit(self, size): pass
+
+    def set_watermark(self, size):
+        """Pages above it leave the device, and come back no more until the range is prioritised again."""
+        self.watermark = size
+        for page in self.pages:
+            if page.end > size and not page.pins:
+                page.memory = None
 
     def __del__(self):
         if self in _ranges:
