@@ -15,7 +15,7 @@ Record = Mapping[str, Any]
 
 # What a user may have to act on.
 _TROUBLE = frozenset({"hook.declined", "hook.shadowed", "hook.retired", "hook.failed", "policy.declined", "policy.ineffective",
-                      "policy.failed", "file.changed", "file.unreadable", "cache.skipped"})
+                      "policy.failed", "file.changed", "file.unreadable", "cache.skipped", "split.insufficient"})
 
 
 class Table(NamedTuple):
@@ -109,6 +109,7 @@ class Report:
         self._files: dict[str, _File] = {}
         self._kept: dict[str, _Kept] = {}
         self._gguf: dict[str, Record] = {}
+        self._splits: dict[Row, Record] = {}
         self._restored_bytes = self._copied_bytes = self._dense_bytes = self._dense_seconds = 0.0
         self._trouble: Counter[Row] = Counter()
         for event in events:
@@ -125,6 +126,8 @@ class Report:
             self._models.setdefault(_text(event, "model"), _Model()).add(event)
         elif name in ("weights.read", "weights.mapped", "weights.released"):
             self._files.setdefault(_text(event, "file"), _File()).add(event)
+        elif name in ("split.planned", "split.capped"):
+            self._splits[_text(event, "model"), _text(event, "device")] = event
         elif name == "gguf.read":
             self._gguf.setdefault(_text(event, "file"), event)
         elif name == "gguf.dequantised":
@@ -141,11 +144,16 @@ class Report:
             self._trouble[name, about, why] += 1
 
     def tables(self) -> list[Table]:
-        """Prompts, models, files, GGUF files, loads that were kept, what a user may have to act on, and totals."""
+        """Prompts, models, their last splits, files, GGUF files, loads that were kept, what a user may have to act on, totals."""
         return [
             self._prompt_table(),
             Table(("model", "placed", "seconds", "device MB", "mapped MB", "host MB", "released", "released MB", "seconds"),
                   [(name, *model.cells()) for name, model in self._models.items()]),
+            Table(("split", "device", "mode", "figure", "rule", "budget MB", "device MB", "streamed MB"),
+                  [(*about, _text(event, "mode") if "mode" in event else "pages", _text(event, "figure"),
+                    _text(event, "rule") if "rule" in event else "-",
+                    *(_mb(event, key) for key in ("budget_bytes", "predicted_bytes", "streamed_bytes")))
+                   for about, event in self._splits.items()]),
             Table(("file", "mapped", "mapped MB", "copied MB", "from bank", "released"),
                   [(name, *file.cells()) for name, file in self._files.items()]),
             Table(("GGUF", "architecture", "header seconds", "types"),

@@ -36,11 +36,13 @@ class Choice:
     Attributes:
         limit: bytes of weights on the device, at most.
         total: bytes for weights and the host's buffer for streaming; None where `limit` says it, or nothing limits it.
+        ours: the host would have chosen another one.
     """
 
     figure: str
     limit: int | None = None
     total: float | None = None
+    ours: bool = True
 
 
 class Splitter:
@@ -62,14 +64,16 @@ class Splitter:
         weights = request.weights
         if request.more_bytes is None or request.device.type == "cpu" or weights.module in self._given_up:
             return None  # the host loads it whole: it cannot be split, or the user said so
-        rule = self._chooser.rule(weights)
-        choice = self._choose(request, rule)
-        return None if choice is None else Decision("", partial(self._place, request, rule, choice))
-
-    def _choose(self, request: PlaceModel, rule: Rule | None) -> Choice | None:
-        weights, device = request.weights, str(request.device)
         if self._settings.skip_clip and weights.component == "text_encoder":
             return None
+        rule = self._chooser.rule(weights)
+        choice = self._choose(request, rule)
+        if not choice.ours and (weights.streamed_by_host or weights.on_device() == weights.size()):
+            return None  # nothing to do, and nothing new to say
+        return Decision("", partial(self._place, request, rule, choice))
+
+    def _choose(self, request: PlaceModel, rule: Rule | None) -> Choice:
+        weights, device = request.weights, str(request.device)
         limit = self._limit(rule)
         if limit is not None:
             return Choice("the rule's", limit=limit)
@@ -82,11 +86,10 @@ class Splitter:
             free = memory.free_bytes(device) + weights.on_device()
             total = budget.conservative(memory.total_bytes(device), free, self._settings.overhead_percent, factor)
             return Choice("conservative", total=total)
-        reserve = self._reserve_of(weights.module)
-        if not reserve:
-            return None
         assert request.more_bytes is not None
-        return Choice("ComfyUI's, less what it lacked before", total=weights.on_device() + request.more_bytes - reserve)
+        stock, reserve = weights.on_device() + request.more_bytes, self._reserve_of(weights.module)
+        return Choice("ComfyUI's, less what it lacked before", total=stock - reserve) if reserve \
+            else Choice("ComfyUI's", total=stock, ours=False)
 
     @staticmethod
     def _limit(rule: Rule | None) -> int | None:
@@ -102,7 +105,7 @@ class Splitter:
         if weights.streamed_by_host:
             return self._cap(request, choice, proceed)
         more, split = self._more(weights, choice), choice.limit is not None and choice.limit < weights.size()
-        if more is not None and weights.left_over(more, split):
+        if choice.ours and more is not None and weights.left_over(more, split):
             weights.take_off()
             more = self._more(weights, choice)
         predicted = weights.size() if more is None else weights.foreseen(more, split)
@@ -112,7 +115,7 @@ class Splitter:
             answer = proceed(dataclasses.replace(request, more_bytes=more))
         finally:
             _split.reset(token)
-        self._check(weights, str(request.device), predicted)
+        self._check(weights, str(request.device), predicted, choice)
         return answer
 
     def move(self, request: MoveWeights) -> Decision | None:
@@ -150,11 +153,11 @@ class Splitter:
                       if parameter.device.type == "cpu" and self._tools.bank.file_of(parameter) is None)
         return ram()[1] - self._tools.ledger.pad() + private
 
-    def _check(self, weights: Weights, device: str, predicted: int) -> None:
+    def _check(self, weights: Weights, device: str, predicted: int, choice: Choice) -> None:
         observed = weights.by_device().get(device, 0)
         before = self._effect or Effect(0, 0)
         self._effect = Effect(before.predicted_bytes + predicted, before.observed_bytes + observed)
-        if abs(observed - predicted) > TOLERANCE * weights.size():
+        if choice.ours and abs(observed - predicted) > TOLERANCE * weights.size():
             self._given_up.add(weights.module)
             emit("policy.ineffective", policy="hybrid_split", reason=f"{weights.name} was split in another way",
                  predicted_bytes=predicted, observed_bytes=observed)

@@ -37,7 +37,7 @@ def test_bad_settings_keep_the_last_good_ones(server: Server) -> None:
     assert "'zero_copy.kep_gb', perhaps you meant 'keep_gb'" in lines[0]
 
     set_(server, "[zero_copy]\nkeep_gb = 1\n")
-    assert server.events("settings.changed")[-1]["policies"] == ["preload_cache", "zero_copy"]
+    assert server.events("settings.changed")[-1]["policies"] == ["hybrid_split", "preload_cache", "zero_copy"]
 
 
 def test_settings_that_are_not_toml_are_named(server: Server) -> None:

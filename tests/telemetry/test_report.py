@@ -28,6 +28,11 @@ model         placed  seconds  device MB  mapped MB  host MB  released  released
 Flux               2     0.75        500        307        1         1          807     0.25
 SD1ClipModel       0     0.00          -          -        -         1          236     0.10
 
+split         device  mode    figure      rule        budget MB  device MB  streamed MB
+------------  ------  ------  ----------  ----------  ---------  ---------  -----------
+Flux          cuda:0  hybrid  the rule's  flux*.gguf        600        598          200
+SD1ClipModel  cuda:0  pages   the rule's  -                 100          -            -
+
 file                  mapped  mapped MB  copied MB  from bank  released
 --------------------  ------  ---------  ---------  ---------  --------
 big_flux.safetensors       2       1614          3          1  unknown
@@ -89,6 +94,9 @@ def emit_weights() -> None:
     emit("weights.released", file="idle.safetensors", bytes=MB, unmapped=True)
     for _ in range(2):
         emit("weights.read", file="idle.safetensors", bytes=MB, seconds=0.0, source="bank")
+    emit("split.planned", model="Flux", device="cuda:0", mode="hybrid", figure="the rule's", predicted_bytes=598 * MB,
+         streamed_bytes=200 * MB, rule="flux*.gguf", budget_bytes=600 * MB)
+    emit("split.capped", model="SD1ClipModel", device="cuda:0", figure="the rule's", budget_bytes=100 * MB)
     emit("gguf.read", file="flux.gguf", architecture="flux", header_seconds=0.044,
          types_bytes={"F32": 2 * MB, "Q4_K": 700 * MB})
     emit("gguf.dequantised", prompt="1ec408c7-4a5d", bytes=900 * MB, seconds=0.25)

@@ -94,11 +94,15 @@ def place(tools: Any, ring: Ring) -> Any:
 
 
 def test_comfyuis_own_figure_stays_in_auto_without_rules(place: Any, ring: Ring) -> None:
-    """37 MB: its buffer comes out of it."""
+    """37 MB: its buffer comes out of it. The log says whose figure it is, once; of a model that is all there, nothing."""
     weights = Weights()
-    place(weights)
+    policy = place(weights)
     assert weights.held == 37 * MB
-    assert ring.named("split.planned") == []
+    place(weights, policy, more=3 * MB)
+    assert [event.fields["figure"] for event in ring.named("split.planned")] == ["ComfyUI's"]
+
+    place(Weights(held=64 * MB), policy)
+    assert len(ring.named("split.planned")) == 1
 
 
 @pytest.mark.parametrize(("rule", "held"), [
@@ -111,11 +115,12 @@ def test_a_rule_states_what_is_on_the_device(place: Any, ring: Ring, rule: Rule,
     weights = Weights()
     policy = place(weights, rules=(rule,))
     assert weights.held == held * MB
+    event = ring.named("split.planned")[0].fields
     if held != 37:
-        event = ring.named("split.planned")[0].fields
         assert (event["predicted_bytes"], event["streamed_bytes"]) == (held * MB, (64 - held) * MB)
         assert event["mode"] == ("gpu_only" if held == 64 else "hybrid")
-        assert policy.prompt_ended() == Effect(held * MB, held * MB)
+    assert event["figure"] == ("ComfyUI's" if held == 37 else "the rule's")
+    assert policy.prompt_ended() == Effect(held * MB, held * MB)
     assert policy.prompt_ended() is None
 
 
