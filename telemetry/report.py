@@ -144,7 +144,7 @@ class Report:
             self._trouble[name, about, why] += 1
 
     def tables(self) -> list[Table]:
-        """Prompts, models, their last splits, files, GGUF files, loads that were kept, what a user may have to act on, totals."""
+        """Prompts, models, their last splits, files, GGUF files, kept loads, what a user may have to act on, totals."""
         return [
             self._prompt_table(),
             Table(("model", "placed", "seconds", "device MB", "mapped MB", "host MB", "released", "released MB", "seconds"),
