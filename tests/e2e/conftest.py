@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import COMFYUI, TREES
 from support.fixtures import build_simulated_npu, make_models, no_simulated_npu
-from support.server import GGUF_NODES, TESTING_NODES, Server
+from support.server import GGUF_NODES, NODE_CLOCK, TESTING_NODES, Server
 from support.workflows import Workflow
 
 MODELS = (
@@ -91,7 +91,7 @@ def wait_for(true: Callable[[], bool], seconds: float = 20) -> None:
 
 @contextmanager
 def started(models: Path, factory: pytest.TempPathFactory, device_mb: int | None, **more: Any) -> Iterator[Pair]:
-    options = {"device_mb": device_mb, "packs": [TESTING_NODES, GGUF_NODES], **more}
+    options = {"device_mb": device_mb, "packs": [TESTING_NODES, GGUF_NODES, NODE_CLOCK], **more}
     with (Server(COMFYUI, factory.mktemp("alone"), models, plugin=False, **options) as alone,
           Server(COMFYUI, factory.mktemp("plugin"), models, **options) as plugin):
         yield Pair(alone, plugin)

@@ -20,6 +20,7 @@ import torch
 PLUGIN = Path(__file__).parents[2]
 TESTING_NODES = Path(__file__).parent / "packs" / "testing_nodes"
 GGUF_NODES = Path(__file__).parent / "packs" / "gguf_nodes"
+NODE_CLOCK = Path(__file__).parent / "packs" / "node_clock"
 SIMULATED_NPU = Path(__file__).parent / "simulated_npu"
 SIMULATED_AIMDO = Path(__file__).parent / "simulated_aimdo"
 DYNAMIC_VRAM = ("--enable-dynamic-vram", "--disable-pinned-memory")
@@ -169,6 +170,12 @@ class Server:
         file = self.base / "user" / "residency" / "telemetry.jsonl"
         events = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
         return [event for event in events if name in (None, event["event"])]
+
+    def loader_nodes(self) -> list[tuple[str, float]]:
+        """(class, seconds) of each node of the last prompt that loads a model, as ComfyUI's executor ran it. Needs `NODE_CLOCK`."""
+        ran = [json.loads(line) for line in (self.base / "user" / "nodes.jsonl").read_text().splitlines()]
+        return [(node["kind"], node["seconds"]) for node in ran
+                if node["prompt"] == ran[-1]["prompt"] and "Loader" in node["kind"] and "Lora" not in node["kind"]]
 
     def device(self) -> dict[str, int]:
         """The simulated accelerator's counters, in bytes."""
