@@ -156,8 +156,11 @@ class Ledger:
         self._kept: dict[tuple[str, Residency], int] = {}
 
     def pad(self) -> int:
-        """RAM to leave alone, in bytes."""
-        return self.limits.pad if self.limits.pad is not None else max(2 * GB, ram()[0] // 10)
+        """RAM to leave alone, in bytes. In a small container 2 GB would be all there is."""
+        if self.limits.pad is not None:
+            return self.limits.pad
+        total = ram()[0]
+        return min(max(2 * GB, total // 10), total // 4)
 
     def room(self, owner: str, residency: Residency) -> int:
         """Bytes that `owner` may keep in all, of this kind, given what the others keep and what is free now.
