@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,54 +14,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import COMFYUI
-from e2e.conftest import Pair, troubles, wait_for
+from e2e.conftest import Pair, check_loader_nodes, drop_from_page_cache, loads, status, troubles, wait_for
 from support import workflows
 from support.server import MB, Server
 
 OTHER = workflows.text_to_latent("sd3", clip="clip_l_other", clip_type="sd3")
-
-
-def status(server: Server) -> dict[str, Any]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/residency/status", timeout=60) as answer:
-        found: dict[str, Any] = json.loads(answer.read())
-    return found
-
-
-def drop_from_page_cache(file: Path) -> None:
-    """As ComfyUI's reader asks the kernel to after each read. Clean pages only, so it is synced first."""
-    descriptor = os.open(file, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(descriptor)
-
-
-def loads(server: Server, since: int, name: str = "") -> list[tuple[str, str]]:
-    """(hit or miss, file) of the loads since an event."""
-    return [(event["event"], event["model"]) for event in server.events()[since:]
-            if event["event"] in ("cache.hit", "cache.miss") and name in event["model"]]
-
-
-@pytest.fixture
-def own_model(models: Path) -> Iterator[Callable[[str, str], Path]]:
-    """Copies of a model under other names, to be changed and deleted."""
-    made: list[Path] = []
-
-    def copy(name: str, source: str) -> Path:
-        original = models / (source if "/" in source else f"diffusion_models/{source}.safetensors")
-        made.append(original.with_name(name + original.suffix))
-        shutil.copyfile(original, made[-1])
-        return made[-1]
-
-    yield copy
-    for file in made:
-        file.unlink(missing_ok=True)
-
-
-def check_loader_nodes(server: Server, *kinds: str) -> None:
-    """The loader nodes of the last prompt, as ComfyUI ran them, took under 20 milliseconds together."""
-    took = server.loader_nodes()
-    assert sorted(kind for kind, _ in took) == sorted(kinds)
-    assert sum(seconds for _, seconds in took) < 0.02, took
 
 
 @pytest.mark.parametrize(("source", "twin"), [
@@ -166,12 +122,13 @@ def test_a_lora_chain_on_a_shared_model_gives_the_same_latents(cpu_pair: Pair) -
 @pytest.mark.parametrize("way", ["replaced", "overwritten"])
 def test_a_file_that_changes_while_it_is_kept_is_loaded_anew(cpu_pair: Pair, own_model: Callable[[str, str], Path],
                                                              models: Path, way: str) -> None:
-    """Never a stale weight: other bytes under the name are another model."""
+    """Never a stale weight: other bytes under the name are another model. Models of other files stay."""
     server, file = cpu_pair.plugin, own_model(f"changing_{way}", "flux_a_fp32")
     flow = workflows.text_to_latent(file.stem)
     server.run(flow)
     first = server.latents()
     server.run(OTHER)
+    since = len(server.events())
     other = models / "diffusion_models" / "flux_b_fp32.safetensors"
     if way == "replaced":
         shutil.copyfile(other, file.with_suffix(".new"))
@@ -184,7 +141,10 @@ def test_a_file_that_changes_while_it_is_kept_is_loaded_anew(cpu_pair: Pair, own
 
     assert torch.equal(changed, cpu_pair.alone.latents())
     assert not torch.equal(changed, first)
-    assert "its file was changed or is gone" in {event["reason"] for event in server.events("cache.evicted")}
+    server.run(OTHER)
+    assert [(event["model"], event["reason"]) for event in server.events()[since:] if event["event"] == "cache.evicted"] == [
+        (file.name, "its file was changed or is gone")]
+    assert [name for kind, name in loads(server, since) if kind == "cache.miss"] == [file.name]
 
 
 def test_two_names_of_one_file_are_one_entry(cpu_pair: Pair, own_model: Callable[[str, str], Path]) -> None:

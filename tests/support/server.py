@@ -173,7 +173,7 @@ class Server:
         return [event for event in events if name in (None, event["event"])]
 
     def loader_nodes(self) -> list[tuple[str, float]]:
-        """(class, seconds) of each node of the last prompt that loads a model, as ComfyUI's executor ran it. Needs `NODE_CLOCK`."""
+        """(class, seconds) of each node of the last prompt that loads a model, as the executor ran it. Needs `NODE_CLOCK`."""
         ran = [json.loads(line) for line in (self.base / "user" / "nodes.jsonl").read_text().splitlines()]
         return [(node["kind"], node["seconds"]) for node in ran
                 if node["prompt"] == ran[-1]["prompt"] and "Loader" in node["kind"] and "Lora" not in node["kind"]]
