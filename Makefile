@@ -7,6 +7,8 @@ PYTHON ?= python3
 VENV := $(abspath $(or $(RESIDENCY_VENV),.venv))
 RUN := $(VENV)/bin/python
 export COMFYUI_TREES ?= $(VENV)/comfyui
+# Threads of torch's that spin while they wait for each other are very slow where somebody else wants a core too.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test lint types bench setup hooks-table
 setup:

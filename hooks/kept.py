@@ -62,7 +62,8 @@ class Kept:
             factory = patcher.cached_patcher_init
             if factory is not None and not isinstance(factory[0], Reload):
                 patcher.cached_patcher_init = (Reload(factory[0]), *factory[1:])
-        self._layers, self._marks, self._weights = _layers(patchers), _marks(patchers), _samples(patchers)
+        layers = _named_layers(patchers)
+        self._layers, self._marks, self._weights = _shape(layers), _marks(patchers), _samples(patchers, layers)
         kinds = [kind_of(part) for part in (answer if isinstance(answer, tuple) else (answer,)) if patcher_of(part) is not None]
         self._followed = [kind if _devices(patcher) == devices.role(kind) else None
                           for patcher, kind in zip(patchers, kinds, strict=True)]
@@ -89,12 +90,13 @@ class Kept:
         return where
 
     def altered(self) -> str | None:
-        if _layers(self._patchers) != self._layers:
+        layers = _named_layers(self._patchers)
+        if _shape(layers) != self._layers:
             return "another pack changed its layers"
         marks = _marks(self._patchers) - self._marks
         if marks:
             return f"another pack set {', '.join(sorted(marks))} on it"
-        now = _samples(self._patchers)
+        now = _samples(self._patchers, layers)
         changed = next((name for name, sample in self._weights.items() if now.get(name) != sample), None)
         return None if changed is None and len(now) == len(self._weights) else f"another pack changed the weight {changed}"
 
@@ -142,10 +144,15 @@ def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [data] if type(data) is torch.Tensor and not data.is_meta else []
 
 
-def _layers(patchers: list[Any]) -> list[tuple[str, type, bool, int]]:
+def _named_layers(patchers: list[Any]) -> list[tuple[int, str, torch.nn.Module]]:
+    """(which patcher, name, layer) of all layers. Walked once: a large model has thousands."""
+    return [(index, name, layer) for index, patcher in enumerate(patchers) for name, layer in patcher.model.named_modules()]
+
+
+def _shape(layers: list[tuple[int, str, torch.nn.Module]]) -> list[tuple[str, type, bool, int]]:
     """Each layer by name and class, and whether somebody hangs on it."""
     return [(name, type(layer), "forward" in vars(layer), len(layer._forward_hooks) + len(layer._forward_pre_hooks))
-            for patcher in patchers for name, layer in patcher.model.named_modules()]
+            for _, name, layer in layers]
 
 
 def _marks(patchers: list[Any]) -> set[str]:
@@ -153,35 +160,43 @@ def _marks(patchers: list[Any]) -> set[str]:
     return {name for patcher in patchers for name in vars(patcher.model) if name.startswith("_")} - _HOST_MARKS
 
 
-def _originals(patcher: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def _originals(patchers: list[Any], layers: list[tuple[int, str, torch.nn.Module]]) -> Iterator[tuple[str, torch.Tensor]]:
     """Each weight as it was before LoRA and hooks, which the host has in its backups while they are on."""
-    for name, parameter in patcher.model.named_parameters():
-        if name in patcher.hook_backup:
-            yield name, patcher.hook_backup[name][0]
-        else:
-            yield name, patcher.backup[name].weight if name in patcher.backup else parameter
+    backups = [(patcher.backup, patcher.hook_backup) for patcher in patchers]
+    for index, path, layer in layers:
+        for key, parameter in layer._parameters.items():
+            if parameter is not None:
+                name = f"{path}.{key}" if path else key
+                backup, hook_backup = backups[index]
+                if name in hook_backup:
+                    parameter = hook_backup[name][0]
+                elif name in backup:
+                    parameter = backup[name].weight
+                yield f"{index}.{name}", parameter
 
 
-def _samples(patchers: list[Any]) -> dict[str, bytes]:
+def _samples(patchers: list[Any], layers: list[tuple[int, str, torch.nn.Module]]) -> dict[str, bytes]:
     """A few elements of each weight, from all over it: a pack that writes into weights writes into whole ones.
 
-    Floats are compared as float32: a weight that is widened is still the same.
+    Floats are compared as float32: a weight that is widened is still the same. It runs at each load that is kept, over
+    thousands of weights: a call or two of torch's for each is what there is time for.
     """
     groups: dict[tuple[torch.device, torch.dtype], list[tuple[str, torch.Tensor]]] = {}
-    for index, patcher in enumerate(patchers):
-        for name, weight in _originals(patcher):
-            for number, part in enumerate(parts(weight)):
-                if part.numel() and part.is_contiguous():
-                    flat = part.view(-1)
-                    picked = flat[::max(1, flat.numel() // _SAMPLES)][:_SAMPLES]
-                    wide = picked.view(torch.uint8) if part.element_size() == 1 else picked
-                    groups.setdefault((part.device, wide.dtype), []).append((f"{index}.{name}.{number}", wide))
+    for name, weight in _originals(patchers, layers):
+        for number, part in enumerate(parts(weight)):
+            count = part.numel()
+            if count and part.is_contiguous():
+                step = max(1, count // _SAMPLES)
+                picked = part.as_strided((min(_SAMPLES, -(-count // step)),), (step,))
+                groups.setdefault((part.device, part.dtype), []).append((f"{name}.{number}", picked))
     found: dict[str, bytes] = {}
     for (_, dtype), picks in groups.items():
-        joined = torch.cat([picked for _, picked in picks])
-        values = (joined.float() if dtype.is_floating_point else joined).cpu().numpy()
-        start = 0
+        # One byte is what it is: fp8 and packed formats have no arithmetic on some devices.
+        joined = torch.cat([picked.view(torch.uint8) if dtype.itemsize == 1 else picked for _, picked in picks])
+        values = (joined.float() if joined.is_floating_point() else joined).cpu().numpy().tobytes()
+        size, start = len(values) // len(joined), 0
         for name, picked in picks:
-            found[name] = values[start:start + len(picked)].tobytes()
-            start += len(picked)
+            end = start + size * picked.shape[0]
+            found[name] = values[start:end]
+            start = end
     return found

@@ -1,11 +1,12 @@
 """A prompt's start and end, and `POST /free`.
 
-`PromptExecutor.reset` runs when the user asks for all memory back, and when the executor is made. `execute` swallows the
-errors of nodes, so a prompt's success is read from the executor.
+`PromptExecutor.reset` runs when the user asks for all memory back, when the executor is made, and when a policy has the models
+built anew. `execute` swallows the errors of nodes, so a prompt's success is read from the executor.
 """
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Protocol
 
 from ..policies.memory import process_memory
@@ -37,17 +38,35 @@ class Listener(Protocol):
     def prompt_starts(self) -> None: ...
 
 
+class Rebuild:
+    """Lets the host forget every output, so that loaders run again. That is no wish to have memory back.
+
+    Attributes:
+        runs: whether it is at it.
+    """
+
+    runs = False
+
+    def __call__(self, executor: Any) -> None:
+        self.runs = True
+        try:
+            executor.reset()
+        finally:
+            self.runs = False
+
+
 def hooks(listener: Listener, stopwatch: Stopwatch) -> tuple[Hook, ...]:
     """The hooks of this file."""
     memory = Memory()
     read_before = 0
+    rebuild = Rebuild()
 
     def run(call: HostCall) -> RunPrompt:
         nonlocal read_before
         listener.prompt_starts()
         stopwatch.take()
         read_before = process_memory().storage_read
-        return RunPrompt(str(call["prompt_id"]), call.instance.reset)
+        return RunPrompt(str(call["prompt_id"]), partial(rebuild, call.instance))
 
     def finished(call: HostCall, request: RunPrompt, answer: Any, seconds: float) -> None:
         effects = listener.chain.prompt_ended()
@@ -66,7 +85,8 @@ def hooks(listener: Listener, stopwatch: Stopwatch) -> tuple[Hook, ...]:
         emit("memory.emptied", seconds=seconds)
 
     def empty(call: HostCall) -> EmptyMemory | None:
-        return EmptyMemory() if hasattr(call.instance, "caches") else None  # without, the executor is being made
+        being_made = not hasattr(call.instance, "caches")
+        return None if being_made or rebuild.runs else EmptyMemory()
 
     return (
         Hook(Seam("execution", "PromptExecutor.execute", ("prompt_id",)), RunPrompt, run, report=finished),

@@ -16,7 +16,7 @@ import psutil
 
 GB = 2**30
 _CGROUPS = Path("/sys/fs/cgroup")
-_PRESSURE = Path("/proc/pressure/memory")
+_PRESSURE, _VMSTAT = Path("/proc/pressure/memory"), Path("/proc/vmstat")
 
 
 class Residency(Enum):
@@ -104,14 +104,29 @@ def trim() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
-def stalled_seconds() -> float | None:
-    """Seconds that some task has waited for memory so far (PSI), in the container or else on the machine; None where the
-    kernel does not tell."""
-    for file in (*(folder / "memory.pressure" for folder, *_ in _cgroup_folder()), _PRESSURE):
+@dataclass(frozen=True)
+class Pressure:
+    """How hard memory was to get so far, in the container or else on the machine.
+
+    Attributes:
+        stalled: seconds that some task waited for memory (PSI).
+        scanned: pages that the kernel looked at to take them back. The machine's seconds are those of every container in it,
+            also of one that is short within its own limit; where the machine is short itself, this number grows too.
+    """
+
+    stalled: float
+    scanned: int
+
+
+def pressure() -> Pressure | None:
+    """None where the kernel does not tell."""
+    groups = ((folder / "memory.pressure", folder / "memory.stat", ("pgscan",)) for folder, *_ in _cgroup_folder())
+    for file, counters, names in (*groups, (_PRESSURE, _VMSTAT, ("pgscan_kswapd", "pgscan_direct"))):
         try:
             some = file.read_text().splitlines()[0]
-            return int(some.rpartition("total=")[2]) / 1e6
-        except (OSError, ValueError, IndexError):  # cgroup v1, or a kernel without PSI
+            stat = dict(line.split(" ", 1) for line in counters.read_text().splitlines())
+            return Pressure(int(some.rpartition("total=")[2]) / 1e6, sum(int(stat[name]) for name in names))
+        except (OSError, ValueError, IndexError, KeyError):  # cgroup v1, or a kernel without PSI
             continue
     return None
 
@@ -141,8 +156,11 @@ class Ledger:
         self._kept: dict[tuple[str, Residency], int] = {}
 
     def pad(self) -> int:
-        """RAM to leave alone, in bytes."""
-        return self.limits.pad if self.limits.pad is not None else max(2 * GB, ram()[0] // 10)
+        """RAM to leave alone, in bytes. In a small container 2 GB would be all there is."""
+        if self.limits.pad is not None:
+            return self.limits.pad
+        total = ram()[0]
+        return min(max(2 * GB, total // 10), total // 4)
 
     def room(self, owner: str, residency: Residency) -> int:
         """Bytes that `owner` may keep in all, of this kind, given what the others keep and what is free now.

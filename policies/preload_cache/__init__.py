@@ -54,7 +54,8 @@ class PreloadCache(Policy):
         self._snapshot = Snapshot(tools.host.models, tools.bank) if settings.snapshot else None
         learned = Learned(Path(tools.host.server.folder()) / LEARNED) if settings.learn else None
         entries = Entries(tools.ledger, self._snapshot.same if self._snapshot else unchanged)
-        self._loads = Loads(tools, entries, self._snapshot, learned)
+        # At once: what the host reads while the model is used is then in the page cache to stay, and read once.
+        self._loads = Loads(tools, entries, self._snapshot, learned, lambda: self._watch.wake())
         self._turn = threading.RLock()
         self._prompting = False
         self._watch = Watch(tools.ledger, self._pending, self._shrink)

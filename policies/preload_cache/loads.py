@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -42,13 +42,17 @@ _granting: ContextVar[Granted | None] = ContextVar("residency_granting", default
 
 class Loads:
     """
+    Args:
+        mapped: called when a model is kept that is a file's mapping.
+
     Attributes:
         lock: guards the entries, and makes a model be built once.
         short: bytes that the watch wants back; given at the next moment at which models may go.
     """
 
-    def __init__(self, tools: Tools, entries: Entries, snapshot: Snapshot | None, learned: Learned | None) -> None:
-        self._tools, self.entries, self._snapshot, self.learned = tools, entries, snapshot, learned
+    def __init__(self, tools: Tools, entries: Entries, snapshot: Snapshot | None, learned: Learned | None,
+                 mapped: Callable[[], None]) -> None:
+        self._tools, self.entries, self._snapshot, self.learned, self._mapped = tools, entries, snapshot, learned, mapped
         self.lock = threading.RLock()
         self.hits = self.misses = self.short = 0
         self.closed = False
@@ -158,6 +162,8 @@ class Loads:
             emit("cache.evicted", model=name, bytes=entry.file_bytes, private_bytes=entry.private, reason=reason)
         elif self._snapshot is not None:
             self._snapshot.note(request.recipe, request.paths)
+        elif entry.mapped:
+            self._mapped()
         return lent
 
     @staticmethod

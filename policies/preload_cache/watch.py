@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from ..files.guard import Guard
-from ..memory import Ledger, ram, stalled_seconds
+from ..memory import Ledger, Pressure, pressure, ram
 
 SHARE = 0.1  # of the time that tasks may wait for memory before we give some back
 STEP = 512 * 2**20
@@ -17,14 +17,15 @@ class Shortage:
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
-        self._last: tuple[float, float] | None = None
+        self._last: tuple[float, Pressure] | None = None
 
     def look(self) -> int:
         """Bytes that should be given back now: what the pad lacks; where tasks wait for memory all the same, a step."""
         short = max(0, self._ledger.pad() - ram()[1])
-        now, stalled = time.monotonic(), stalled_seconds()
-        before, self._last = self._last, None if stalled is None else (now, stalled)
-        if stalled is not None and before is not None and stalled - before[1] > SHARE * (now - before[0]):
+        now, found = time.monotonic(), pressure()
+        before, self._last = self._last, None if found is None else (now, found)
+        if found is not None and before is not None and found.scanned > before[1].scanned and (
+                found.stalled - before[1].stalled > SHARE * (now - before[0])):
             short = max(short, STEP)
         return short
 

@@ -15,19 +15,21 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
+from residency.policies.files import pages
 from support import workflows
 from support.fixtures import make_models
-from support.server import Server
+from support.server import NODE_CLOCK, Server
 from table import ratio, show
 
 NAMES = ("alone", "plugin")
 FILES = {"diffusion_models": ("big_fp32", "middle_fp32"), "text_encoders": ("clip_l", "clip_l_other")}
 PRELOAD = """
 [preload_cache]
-when = "before"
-diffusion_models = [{name = "big_fp32.safetensors"}]
-text_encoders = [{names = ["clip_l.safetensors"]}]
+when = "{when}"
+diffusion_models = [{{name = "big_fp32.safetensors"}}]
+text_encoders = [{{names = ["clip_l.safetensors"]}}]
 """
+STARTS = {"alone": "", "before": PRELOAD.format(when="before"), "after": PRELOAD.format(when="after")}
 
 
 @contextmanager
@@ -48,6 +50,11 @@ def drop(models: Path) -> None:
         descriptor = os.open(file, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
+
+
+def warm(models: Path) -> None:
+    for file in models.rglob("*.safetensors"):
+        pages.read_ahead(str(file), file.stat().st_size, lambda done, total: None)
 
 
 def flow(which: int, seed: int) -> workflows.Workflow:
@@ -83,20 +90,33 @@ def switch(comfyui: Path, models: Path, switches: int = 10) -> None:
           ("same latents", "", "yes" if same else "NO", "", "")])
 
 
-def start(comfyui: Path, models: Path, times: int = 3) -> None:
-    """From the start of the process to the end of its first prompt, and that prompt alone."""
-    total: dict[str, list[float]] = {name: [] for name in NAMES}
-    prompt: dict[str, list[float]] = {name: [] for name in NAMES}
+def start(comfyui: Path, models: Path, times: int = 5) -> None:
+    """From the start of the process to the end of its first prompt, which is sent as soon as the port opens; that prompt alone;
+    and its loader nodes. Servers start one after the other, in turn, and what is compared started next to each other."""
     with copies(models, comfyui) as own:
-        for number in range(times):
-            for name in NAMES if number % 2 else reversed(NAMES):
-                drop(own)
-                with tempfile.TemporaryDirectory() as folder:
-                    started = time.monotonic()
-                    with Server(comfyui, Path(folder), own, plugin=name == "plugin", settings=PRELOAD) as server:
-                        prompt[name].append(server.run(flow(0, number)))
-                        total[name].append(time.monotonic() - started)
-    rows = [(title, *(statistics.median(figures[name]) for name in NAMES), *ratio(figures["plugin"], figures["alone"]))
-            for title, figures in (("start to the end of the first prompt, s", total), ("the first prompt, s", prompt))]
-    show(f"First prompt after a start, a 1692 MB model and a text encoder that are not in the page cache, {times} times",
-         ("", "alone", "preloaded", "ratio", "upper 95 %"), rows)
+        for title, prepare in (("not in the page cache", drop), ("in the page cache", warm)):
+            runs: dict[str, list[tuple[float, ...]]] = {name: [] for name in STARTS}
+            for number in range(times):
+                for name in STARTS if number % 2 else reversed(STARTS):
+                    prepare(own)
+                    runs[name].append(_start(comfyui, own, name, number))
+            rows = []
+            for index, figure in enumerate(("start to the end of the first prompt, s", "the first prompt, s",
+                                            "its loader nodes, ms", "read from storage, MB")):
+                figures = {name: [run[index] for run in found] for name, found in runs.items()}
+                for name in ("before", "after"):
+                    bounds = ratio(figures[name], figures["alone"]) if min(map(min, figures.values())) > 0 else ("", "")
+                    rows.append((f'{figure}; when = "{name}"', *(statistics.median(figures[side]) for side in ("alone", name)),
+                                 *bounds))
+            show(f"First image after a start, a 1692 MB model and a text encoder that are {title}, {times} starts each",
+                 ("", "alone", "preloaded", "ratio", "upper 95 %"), rows)
+
+
+def _start(comfyui: Path, models: Path, name: str, seed: int) -> tuple[float, ...]:
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.monotonic()
+        with Server(comfyui, Path(folder), models, plugin=name != "alone", settings=STARTS[name], packs=[NODE_CLOCK]) as server:
+            prompt = server.run(flow(0, seed))
+            total = time.monotonic() - started
+            loaders = 1000 * sum(seconds for _, seconds in server.loader_nodes())
+            return total, prompt, loaders, server.storage_bytes() / 1e6

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 # Student's t, two-sided 90 % (one-sided 95 %), by degrees of freedom.
-_T95 = {4: 2.132, 5: 2.015, 7: 1.895, 9: 1.833, 11: 1.796, 14: 1.761, 19: 1.729, 29: 1.699, 39: 1.685}
+_T95 = {2: 2.920, 3: 2.353, 4: 2.132, 5: 2.015, 7: 1.895, 9: 1.833, 11: 1.796, 14: 1.761, 19: 1.729, 29: 1.699, 39: 1.685}
 
 
 def show(title: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

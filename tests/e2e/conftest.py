@@ -1,7 +1,11 @@
 """Pairs of real servers: ComfyUI alone, and with the plugin, on the CPU and on the simulated accelerator."""
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +16,7 @@ import pytest
 import torch
 from conftest import COMFYUI, TREES
 from support.fixtures import build_simulated_npu, make_models, no_simulated_npu
-from support.server import GGUF_NODES, TESTING_NODES, Server
+from support.server import GGUF_NODES, NODE_CLOCK, TESTING_NODES, Server
 from support.workflows import Workflow
 
 MODELS = (
@@ -89,11 +93,55 @@ def wait_for(true: Callable[[], bool], seconds: float = 20) -> None:
         time.sleep(0.05)
 
 
+def status(server: Server) -> dict[str, Any]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/residency/status", timeout=60) as answer:
+        found: dict[str, Any] = json.loads(answer.read())
+    return found
+
+
+def drop_from_page_cache(file: Path) -> None:
+    """As ComfyUI's reader asks the kernel to after each read. Clean pages only, so it is synced first."""
+    descriptor = os.open(file, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+
+
+def loads(server: Server, since: int, name: str = "") -> list[tuple[str, str]]:
+    """(hit or miss, file) of the loads since an event."""
+    return [(event["event"], event["model"]) for event in server.events()[since:]
+            if event["event"] in ("cache.hit", "cache.miss") and name in event["model"]]
+
+
+def check_loader_nodes(server: Server, *kinds: str) -> None:
+    """The loader nodes of the last prompt, as ComfyUI ran them, took under 20 milliseconds together."""
+    took = server.loader_nodes()
+    assert sorted(kind for kind, _ in took) == sorted(kinds)
+    assert sum(seconds for _, seconds in took) < 0.02, took
+
+
+@pytest.fixture
+def own_model(models: Path) -> Iterator[Callable[[str, str], Path]]:
+    """Copies of a model under other names, to be changed and deleted."""
+    made: list[Path] = []
+
+    def copy(name: str, source: str) -> Path:
+        original = models / (source if "/" in source else f"diffusion_models/{source}.safetensors")
+        made.append(original.with_name(name + original.suffix))
+        shutil.copyfile(original, made[-1])
+        return made[-1]
+
+    yield copy
+    for file in made:
+        file.unlink(missing_ok=True)
+
+
 @contextmanager
-def started(models: Path, factory: pytest.TempPathFactory, device_mb: int | None, **more: Any) -> Iterator[Pair]:
-    options = {"device_mb": device_mb, "packs": [TESTING_NODES, GGUF_NODES], **more}
-    with (Server(COMFYUI, factory.mktemp("alone"), models, plugin=False, **options) as alone,
-          Server(COMFYUI, factory.mktemp("plugin"), models, **options) as plugin):
+def started(models: Path, factory: pytest.TempPathFactory, device_mb: int | None, *, comfyui: Path = COMFYUI,
+            **more: Any) -> Iterator[Pair]:
+    options = {"device_mb": device_mb, "packs": [TESTING_NODES, GGUF_NODES, NODE_CLOCK], **more}
+    with (Server(comfyui, factory.mktemp("alone"), models, plugin=False, **options) as alone,
+          Server(comfyui, factory.mktemp("plugin"), models, **options) as plugin):
         yield Pair(alone, plugin)
         assert troubles(plugin) == []
 

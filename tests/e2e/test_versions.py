@@ -17,22 +17,6 @@ LORA = workflows.text_to_latent("middle_a", loras=(("middle", 1.0),), prefix="lo
 GGUF = {False: "flux_mixed_bf16", True: "flux_mixed.gguf"}  # ComfyUI alone gets the dequantised twin
 
 
-PLAIN, PATCHED = {}, {"loras": (("flux_mixed", 1.0),)}
-
-
-@pytest.mark.parametrize("version", VERSIONS[1:-1])  # the first has no switch for dynamic VRAM but an NVIDIA card
-def test_dynamic_vram_streams_a_gguf_file_and_gives_the_latents_of_its_twin(version: str, models: Path, simulated_npu: None,
-                                                                            tmp_path: Path) -> None:
-    """With and without a LoRA, by the host's own paging, on a simulated accelerator."""
-    with Server(TREES / version, tmp_path, models, device_mb=SMALL_DEVICE_MB, dynamic_vram=True) as server:
-        for options in (PLAIN, PATCHED, PLAIN):
-            for name in GGUF.values():
-                server.run(workflows.text_to_latent(name, prefix=f"out_{name.partition('.')[2]}", **options))
-            assert torch.equal(server.latents("out_"), server.latents("out_gguf"))
-        assert troubles(server) == []
-        assert server.log().count("Model Flux prepared for dynamic VRAM loading") >= 4
-
-
 @pytest.mark.parametrize("version", VERSIONS[:-1])  # the other tests run on the last
 def test_a_workflow_swaps_models_loads_each_once_and_gives_the_same_latents(version: str, models: Path, simulated_npu: None,
                                                             tmp_path: Path) -> None:

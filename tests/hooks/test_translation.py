@@ -493,7 +493,7 @@ class TestPrompts:
         executor.execute({}, "prompt-1")
 
         assert isinstance(host.request, RunPrompt)
-        assert ("prompt-1", executor.reset) == (host.request.prompt, host.request.rebuild_models)
+        assert "prompt-1" == host.request.prompt
         assert ["starts", "ended"] == host.prompts.told
         (event,) = ring.named("prompt.finished")
         assert ("prompt-1", False) == (event.fields["prompt"], event.fields["ok"])
@@ -508,6 +508,23 @@ class TestPrompts:
         assert isinstance(host.request, EmptyMemory)
         assert ["emptied"] == host.prompts.told
         assert 1 == len(ring.named("memory.emptied"))
+
+    def test_models_that_are_built_anew_empty_nothing(self, host: Host, ring: Ring) -> None:
+        """The host forgets its outputs, and what policies keep of other files stays. The user's wish afterwards is heard."""
+        host.watch("execution.PromptExecutor.execute")
+        executor = self.executor()
+        executor.execute({}, "prompt-1")
+        assert isinstance(host.request, RunPrompt)
+        rebuild, host.prompts.told, host.calls = host.request.rebuild_models, [], []
+        host.registry.remove_all()
+        host.watch("execution.PromptExecutor.reset")
+
+        rebuild()
+
+        assert [executor] == [call["self"] for call in host.calls]
+        assert ([], []) == (host.prompts.told, ring.named("memory.emptied"))
+        executor.reset()
+        assert ["emptied"] == host.prompts.told
 
     def test_an_executor_that_is_being_made_empties_nothing(self, host: Host, ring: Ring) -> None:
         """It is made in the worker's thread, maybe after models were loaded at the start."""

@@ -25,13 +25,19 @@ def ram(monkeypatch: pytest.MonkeyPatch) -> Ram:
     return set_to
 
 
-def test_the_pad_is_two_gigabytes_or_a_tenth(ram: Ram) -> None:
-    """Small machines keep 2 GB, large ones a tenth, and the user's word wins."""
-    ram(8, 8)
-    assert Ledger().pad() == 2 * GB
-    ram(64, 8)
-    assert Ledger().pad() == int(64 * GB) // 10
-    assert Ledger(Limits(pad=123)).pad() == 123
+@pytest.mark.parametrize(("total", "pad"), [(64, 6.4), (20, 2), (16, 2), (8, 2), (4, 1), (2, 0.5), (0, 0)])
+def test_the_pad_is_two_gigabytes_or_a_tenth_and_a_quarter_at_most(ram: Ram, total: float, pad: float) -> None:
+    """Small machines keep 2 GB, large ones a tenth; a small container has room for models all the same."""
+    ram(total, total)
+    assert Ledger().pad() == int(pad * GB)
+
+
+def test_the_users_pad_is_taken_whole(ram: Ram) -> None:
+    """Even where it is all there is."""
+    ram(2, 2)
+    assert Ledger(Limits(pad=3 * GB)).pad() == 3 * GB
+    assert Ledger(Limits(pad=3 * GB)).room("one", HOST) == 0
+    assert Ledger().room("one", HOST) == 3 * GB // 2
 
 
 def test_room_is_what_is_free_beyond_the_pad(ram: Ram) -> None:

@@ -20,6 +20,7 @@ import torch
 PLUGIN = Path(__file__).parents[2]
 TESTING_NODES = Path(__file__).parent / "packs" / "testing_nodes"
 GGUF_NODES = Path(__file__).parent / "packs" / "gguf_nodes"
+NODE_CLOCK = Path(__file__).parent / "packs" / "node_clock"
 SIMULATED_NPU = Path(__file__).parent / "simulated_npu"
 SIMULATED_AIMDO = Path(__file__).parent / "simulated_aimdo"
 DYNAMIC_VRAM = ("--enable-dynamic-vram", "--disable-pinned-memory")
@@ -54,7 +55,8 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        variables = {**os.environ, "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2", **(env or {})}
+        # Threads that spin while they wait for each other take ten times as long as soon as somebody else wants a core.
+        variables = {**os.environ, "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE", **(env or {})}
         self._stats_file = base / "stats.json"
         if device_args is None:
             device_args = ["--cpu"] if device_mb is None else DYNAMIC_VRAM if dynamic_vram else []
@@ -169,6 +171,12 @@ class Server:
         file = self.base / "user" / "residency" / "telemetry.jsonl"
         events = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
         return [event for event in events if name in (None, event["event"])]
+
+    def loader_nodes(self) -> list[tuple[str, float]]:
+        """(class, seconds) of each node of the last prompt that loads a model, as the executor ran it. Needs `NODE_CLOCK`."""
+        ran = [json.loads(line) for line in (self.base / "user" / "nodes.jsonl").read_text().splitlines()]
+        return [(node["kind"], node["seconds"]) for node in ran
+                if node["prompt"] == ran[-1]["prompt"] and "Loader" in node["kind"] and "Lora" not in node["kind"]]
 
     def device(self) -> dict[str, int]:
         """The simulated accelerator's counters, in bytes."""

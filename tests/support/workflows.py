@@ -32,7 +32,7 @@ def _file(name: str) -> str:
 
 def from_checkpoint(name: str, *, seed: int = 1, steps: int = 2, size: int = 64, prefix: str = "out") -> Workflow:
     """The same with everything from one checkpoint, decoded too."""
-    flow = {"checkpoint": node("CheckpointLoaderSimple", ckpt_name=f"{name}.safetensors")}
+    flow = {"checkpoint": node("CheckpointLoaderSimple", ckpt_name=_file(name))}
     return _sample(flow, ["checkpoint", 0], ["checkpoint", 1], seed, steps, size, (), ["checkpoint", 2], prefix, {})
 
 

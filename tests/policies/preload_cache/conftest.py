@@ -24,7 +24,7 @@ def ram(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
     for module in (memory, entries, watch, status):
         monkeypatch.setattr(module, "ram", numbers)
-    monkeypatch.setattr(watch, "stalled_seconds", lambda: None)
+    monkeypatch.setattr(watch, "pressure", lambda: None)
     monkeypatch.setattr(mounts, "slow", lambda path: None)
     return machine
 

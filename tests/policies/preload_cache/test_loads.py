@@ -28,6 +28,19 @@ def test_the_second_load_is_a_clone_of_the_first(loader: Loader, file: File, rin
     assert [event.fields["model"] for event in ring.named("cache.hit")] == ["a.safetensors"] * 2
 
 
+def test_a_mapped_files_pages_are_held_from_its_load_on(loader: Loader, file: File, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not from the prompt's end on, when the host has read them and let the kernel drop them. A private copy needs none."""
+    woken: list[str] = []
+    monkeypatch.setattr(loader.policy._watch, "wake", lambda: woken.append("woken"))  # type: ignore[attr-defined]
+    path = file()
+    loader(path)
+    assert woken == ["woken"]
+    loader(path)
+    loader.where = {Residency.HOST: MB}
+    loader(file("b.safetensors"))
+    assert (woken, loader.calls) == (["woken"], 2)
+
+
 def test_options_that_cannot_be_compared_are_left_to_the_host(loader: Loader, file: File, ring: Ring) -> None:
     """With the reason, each time."""
     assert [loader(file(), options={"ops": object()}) for _ in range(2)] == ["the host's own"] * 2
