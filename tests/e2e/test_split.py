@@ -87,7 +87,7 @@ def test_text_encoders_and_vaes_are_split_too(server: Server, npu_pair: Pair) ->
     server.run(flow)
     npu_pair.alone.run(flow)
 
-    plans = {str(event["rule"]): event for event in server.events("split.planned")[-2:]}
+    plans = {event["rule"]: event for event in server.events("split.planned") if "rule" in event}
     for component, limit in (("text_encoder", 0.1), ("vae", 0.001)):
         assert 0 < plans[component]["predicted_bytes"] <= limit * GB
         assert placed(server, str(plans[component]["model"])) == pytest.approx(plans[component]["predicted_bytes"], rel=0.02)
