@@ -14,11 +14,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from ..files.parameters import Homes, fingerprints, is_plain, parts, put, size
+from ..files.subclasses import has_own_memory
 from ..memory import Residency
 from ..policy import Decision, Proceed
 from ..requests import PinMemory, PinWeight, WriteInPlace
-from .parameters import Homes, fingerprints, is_plain, parts, put, size
-from .subclasses import has_own_memory
 
 if TYPE_CHECKING:
     from .. import Tools
