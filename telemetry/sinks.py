@@ -20,7 +20,7 @@ _INFO = frozenset({
     "policy.ineffective", "weights.read_ahead", "gguf.read", "weights.mapped", "weights.restored", "weights.released",
     "file.changed", "file.unreadable", "model.placed", "prompt.finished", "plugin.started", "settings.changed",
     "memory.emptied", "cache.hit", "cache.evicted", "cache.preloaded", "cache.skipped", "cache.ready", "cache.stopped",
-    "cache.imported", "snapshot.ready", "snapshot.restored",
+    "cache.imported", "snapshot.ready", "snapshot.restored", "donors.placed", "donors.refused", "donors.left", "pin.failed",
 })
 _WARNING = frozenset({"hook.failed", "policy.failed", "policy.ineffective", "file.changed", "file.unreadable", "hook.shadowed",
                       "cache.skipped"})

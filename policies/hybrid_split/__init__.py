@@ -5,10 +5,14 @@ device that runs out of memory all the same costs a repeated step, not the promp
 """
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..policy import Decision, Policy
-from ..requests import PlaceModel, Request
+from ..policy import Decision, Policy, Proceed
+from ..requests import FreeMemory, PinWeight, PlaceModel, Request
+from .allocation import Allocation
+from .donors import Donors
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -29,12 +33,36 @@ class HybridSplit(Policy):
 
     def __init__(self, settings: Settings, tools: Tools) -> None:
         self.settings: Settings = settings
+        self._memory = tools.host.memory
+        self._donors, self._allocation = Donors(tools), Allocation.parse(settings.devices)
         self._rules: dict[type[Request], Any] = {PlaceModel: self._place}
+        if self._allocation:
+            self._rules |= {FreeMemory: self._donors.free, PinWeight: self._pin}
         self.answers = frozenset(self._rules)
 
     def decide(self, request: Request) -> Decision | None:
         rule: Any = self._rules.get(type(request))
         return rule(request) if rule else None
 
+    def prompt_ended(self) -> None:
+        self._donors.prompt_ended()
+
+    def close(self) -> None:
+        self._donors.close()
+
     def _place(self, request: PlaceModel) -> Decision | None:
-        return None
+        return Decision("", partial(self._place_by_devices, request)) if self._allocation else None
+
+    def _place_by_devices(self, request: PlaceModel, proceed: Proceed) -> Any:
+        weights, amended = request.weights, request
+        share = self._allocation.bytes_for(str(request.device), weights.size(), self._memory.total_bytes)
+        if share is not None and not weights.streamed_by_host:
+            amended = replace(request, more_bytes=share - weights.on_device() or 0.1)
+        return self._donors.around(request, self._allocation, lambda: proceed(amended))
+
+    def _pin(self, request: PinWeight) -> Decision:
+        def act(proceed: Proceed) -> Any:
+            self._donors.before_pinning()
+            return proceed()
+
+        return Decision("", act)

@@ -10,9 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 RAM = "cpu"
 _UNITS = {"b": 1, "k": 2**10, "kb": 2**10, "m": 2**20, "mb": 2**20, "g": 2**30, "gb": 2**30}
+_OF_MODEL = ("percent", "rest")
 _LARGEST = 2**60  # an exabyte
 _DEVICE = re.compile(r"[a-z]+(:\d{1,3})?")
 _AMOUNT = re.compile(r"(\d+\.?\d*|\.\d+)([a-z%]*)")
@@ -25,6 +27,18 @@ def normal(device: str) -> str:
     """A device's name with its number, as two names must be written to be compared: `cuda` is `cuda:0`, RAM has no number."""
     kind, _, index = device.partition(":")
     return RAM if kind == RAM else f"{kind}:{int(index or 0)}"
+
+
+class Share(NamedTuple):
+    """What a device holds at most.
+
+    Attributes:
+        of_model: this much of each model; else it is a limit for all models together.
+    """
+
+    device: str
+    bytes: int
+    of_model: bool
 
 
 @dataclass(frozen=True)
@@ -89,13 +103,14 @@ class Allocation:
             return place.bytes_of(model_bytes, total_of)
         return model_bytes - min(model_bytes, self._taken(place, model_bytes, total_of))
 
-    def donors(self, compute: str, model_bytes: int, total_of: TotalOf) -> list[tuple[str, int]]:
-        """(device, bytes at most) of each place but the model's own device, RAM among them, in the order in which they fill.
+    def donors(self, compute: str, model_bytes: int, total_of: TotalOf) -> list[Share]:
+        """The shares of all places but the model's own device, RAM among them, in the order in which they fill.
 
         The rest is all that the other places leave, so that a device of its own that stays short of its share costs nothing.
         """
         others = Allocation(tuple(place for place in self.places if place.device != normal(compute)))
-        return [(place.device, others.bytes_for(place.device, model_bytes, total_of) or 0) for place in others.places]
+        return [Share(place.device, others.bytes_for(place.device, model_bytes, total_of) or 0, place.unit in _OF_MODEL)
+                for place in others.places]
 
     def _taken(self, rest: Place, model_bytes: int, total_of: TotalOf) -> int:
         return sum(place.bytes_of(model_bytes, total_of) for place in self.places if place is not rest)

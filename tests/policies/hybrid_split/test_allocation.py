@@ -19,7 +19,7 @@ def total_of(device: str) -> int:
 
 
 def donors(text: str, model: int = 20 * GB, compute: str = "cuda:0") -> list[tuple[str, int]]:
-    return Allocation.parse(text).donors(compute, model, total_of)
+    return [share[:2] for share in Allocation.parse(text).donors(compute, model, total_of)]
 
 
 def share(text: str, model: int = 20 * GB, device: str = "cuda:0") -> int | None:
@@ -55,6 +55,12 @@ def test_a_device_that_is_not_named_has_no_share() -> None:
     assert share("cuda:1,3gb;cpu,*") is None
     assert not Allocation.parse("")
     assert not Allocation.parse(" ; ")
+
+
+def test_bytes_and_fractions_are_a_limit_for_all_models_together() -> None:
+    """A card lends 3 GB; a quarter of the model is a quarter of each model."""
+    found = Allocation.parse("cuda:1,3gb;cuda:2,0.5;cuda:3,25%;cpu,*").donors("cuda:0", GB, total_of)
+    assert [share.of_model for share in found] == [False, False, True, True]
 
 
 def test_ram_keeps_its_place_in_the_order() -> None:
@@ -121,13 +127,13 @@ def test_every_byte_has_a_place_and_no_share_is_negative(names: list[str], sizes
     allocation = Allocation.parse(" ; ".join(parts))
     found = allocation.donors(compute, model, total_of)
 
-    assert [device for device, _ in found if device in names] == [name for name in names if name != compute]
-    assert all(size >= 0 for _, size in found)
+    assert [device for device, _, _ in found if device in names] == [name for name in names if name != compute]
+    assert all(size >= 0 for _, size, _ in found)
     own = allocation.bytes_for(compute, model, total_of)
     assert (own is None) == all(place.device != compute for place in allocation.places)
     if any(place.unit == "rest" for place in allocation.places):
-        assert (own or 0) + sum(size for _, size in found) >= model
-    for device, size in found:
+        assert (own or 0) + sum(size for _, size, _ in found) >= model
+    for device, size, _ in found:
         place = next(place for place in allocation.places if place.device == device)
         assert size <= model if place.unit == "rest" else size == place.bytes_of(model, total_of)
 
@@ -141,4 +147,4 @@ def test_any_text_is_taken_or_refused(text: str) -> None:
         return
     for compute in ("cuda:0", "cpu"):
         allocation.bytes_for(compute, GB, total_of)
-        assert all(size >= 0 for _, size in allocation.donors(compute, GB, total_of))
+        assert all(size >= 0 for _, size, _ in allocation.donors(compute, GB, total_of))
