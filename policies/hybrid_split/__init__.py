@@ -10,9 +10,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..policy import Decision, Policy, Proceed
-from ..requests import FreeMemory, PinWeight, PlaceModel, Request
+from ..requests import FreeMemory, PinMemory, PinWeight, PlaceModel, Request
 from .allocation import Allocation
 from .donors import Donors
+from .pinning import Pinning
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -34,10 +35,10 @@ class HybridSplit(Policy):
     def __init__(self, settings: Settings, tools: Tools) -> None:
         self.settings: Settings = settings
         self._memory = tools.host.memory
-        self._donors, self._allocation = Donors(tools), Allocation.parse(settings.devices)
-        self._rules: dict[type[Request], Any] = {PlaceModel: self._place}
+        self._donors, self._allocation, self._pinning = Donors(tools), Allocation.parse(settings.devices), Pinning(tools)
+        self._rules: dict[type[Request], Any] = {PlaceModel: self._place, PinWeight: self._pin, PinMemory: self._pinning.memory}
         if self._allocation:
-            self._rules |= {FreeMemory: self._donors.free, PinWeight: self._pin}
+            self._rules[FreeMemory] = self._donors.free
         self.answers = frozenset(self._rules)
 
     def decide(self, request: Request) -> Decision | None:
@@ -46,6 +47,7 @@ class HybridSplit(Policy):
 
     def prompt_ended(self) -> None:
         self._donors.prompt_ended()
+        self._pinning.prompt_ended()
 
     def close(self) -> None:
         self._donors.close()
@@ -63,6 +65,6 @@ class HybridSplit(Policy):
     def _pin(self, request: PinWeight) -> Decision:
         def act(proceed: Proceed) -> Any:
             self._donors.before_pinning()
-            return proceed()
+            return self._pinning.weight(request, proceed)
 
         return Decision("", act)
