@@ -115,8 +115,9 @@ def fill(kind: type[T], table: Mapping[str, Any], origin: str, prefix: str = "")
     """Makes a settings dataclass from a TOML table.
 
     Args:
-        kind: a frozen dataclass. A field's metadata may hold `choices` (strings), `minimum`, `maximum`, `key` where TOML's name
-            is no name in Python, and `old`, another name that is taken too. A field without a default must be there.
+        kind: a frozen dataclass. A field's metadata may hold `choices` (strings), `minimum`, `maximum`, `check`, which raises a
+            `ValueError` with the cure, `key` where TOML's name is no name in Python, and `old`, another name that is taken too.
+            A field without a default must be there.
         origin: the file, for messages.
         prefix: the dotted path of the table, with its dot.
 
@@ -183,6 +184,11 @@ def _convert(hint: Any, value: Any, limits: Mapping[str, Any], where: str, prefi
             else f" of at most {LARGEST}"
     if not ok:
         raise SettingsError(f"{where} must be {wanted}, not {value!r}")
+    if "check" in limits:
+        try:
+            limits["check"](value)
+        except ValueError as error:
+            raise SettingsError(f"{where}: {error}") from None
     return value
 
 

@@ -94,29 +94,28 @@ class Memory:
         return int(comfy.model_management.get_free_memory(torch.device(device)))
 
     def total_bytes(self, device: str) -> int:
-        return int(comfy.model_management.get_total_memory(torch.device(device)))
+        here = device == "cpu" or device in self.devices()
+        return int(comfy.model_management.get_total_memory(torch.device(device))) if here else 0
 
-    def has_device(self, device: str) -> bool:
-        try:
-            wanted = torch.device(device)
-            module: Any = torch.get_device_module(wanted) if wanted.type != "cpu" else None
-        except (RuntimeError, ValueError):  # no such word, or this torch was built without it
-            return False
-        return module is None or (module.is_available() and (wanted.index or 0) < module.device_count())
+    def devices(self) -> list[str]:
+        device = comfy.model_management.get_torch_device()
+        if device.type in ("cpu", "privateuseone"):  # the second is DirectML, whose devices have no module
+            return []
+        module: Any = torch.get_device_module(device)
+        count = module.device_count() if hasattr(module, "device_count") else 1
+        return [f"{device.type}:{index}" for index in range(count)]
 
     def can_pin(self) -> bool:
-        return bool(getattr(comfy.model_management, "MAX_PINNED_MEMORY", 0) > 0)
+        return self.pinned()[1] > 0
+
+    def pinned(self) -> tuple[int, int]:
+        management = comfy.model_management
+        return int(getattr(management, "TOTAL_PINNED_MEMORY", 0)), int(getattr(management, "MAX_PINNED_MEMORY", 0))
 
     def device_bytes(self) -> dict[str, int]:
         """Bytes that this process has allocated, by device; nothing for the CPU."""
-        device = comfy.model_management.get_torch_device()
-        if device.type == "cpu":
-            return {}
-        module: Any = torch.get_device_module(device)
-        if not hasattr(module, "memory_allocated"):
-            return {}
-        count = module.device_count() if hasattr(module, "device_count") else 1
-        return {f"{device.type}:{index}": int(module.memory_allocated(index)) for index in range(count)}
+        return {device: int(torch.get_device_module(device).memory_allocated(int(device.rpartition(":")[2])))
+                for device in self.devices() if hasattr(torch.get_device_module(device), "memory_allocated")}
 
 
 class Lifecycle:

@@ -4,7 +4,7 @@ They are found by what they do, not by name: a V1 node that returns a MODEL or a
 makes one from state dicts. Packs are loaded after us, so they are looked for before each prompt.
 
 Left alone are nodes of the newer API, and classes that were made inside a function, which cannot be found again by name. What
-those open keeps its mapping (`policies/zero_copy/subclasses.py`).
+those open keeps its mapping (`policies/files/subclasses.py`).
 """
 from __future__ import annotations
 

@@ -38,12 +38,14 @@ class Stopwatch:
         return seconds
 
 
-def census(module: torch.nn.Module, bank: Bank) -> Counter[Residency]:
-    """Where a model's bytes are."""
-    where: Counter[Residency] = Counter()
+def census(module: torch.nn.Module, bank: Bank, device: torch.device) -> Counter[Residency | str]:
+    """Where a model's bytes are: on its device, on others by their names, and in RAM."""
+    where: Counter[Residency | str] = Counter()
     for parameter in module.parameters():
-        if parameter.device.type != "cpu":
-            where[Residency.DEVICE] += parameter.nbytes
+        there = parameter.device
+        if there.type != "cpu":
+            own = (there.type, there.index or 0) == (device.type, device.index or 0)
+            where[Residency.DEVICE if own else str(there)] += parameter.nbytes
         elif bank.file_of(parameter) is not None:
             where[Residency.MAPPED] += parameter.nbytes
         else:
@@ -73,11 +75,13 @@ def hooks(bank: Bank, stopwatch: Stopwatch) -> tuple[Hook, ...]:
         if came[call] == state == told.get(weights.module):
             return  # nothing moved: a warm prompt
         told[weights.module] = state
-        where = census(weights.module, bank)
+        where = census(weights.module, bank, request.device)
         if weights.streamed_by_host:  # its own pages there; the parameters stay where they are
             where[Residency.DEVICE] = weights.on_device()
+        lent = {place: size for place, size in where.items() if isinstance(place, str)}
         emit("model.placed", model=weights.name, device=str(request.device), seconds=seconds,
-             device_bytes=where[Residency.DEVICE], mapped_bytes=where[Residency.MAPPED], host_bytes=where[Residency.HOST])
+             device_bytes=where[Residency.DEVICE], mapped_bytes=where[Residency.MAPPED], host_bytes=where[Residency.HOST],
+             **({"donor_bytes": lent} if lent else {}))
 
     return (
         Hook(Seam("comfy.model_management", "load_models_gpu", ("models",)), PlaceModels,

@@ -43,6 +43,17 @@ class PatcherWeights:
         hooked = (name for patches in self._patcher.hook_patches.values() for name in patches)
         return {*self._patcher.patches, *hooked}
 
+    def cast_at_use(self) -> list[tuple[str, torch.nn.Module]]:
+        return [(name, module) for name, module in self.module.named_modules()
+                if getattr(module, "comfy_cast_weights", False) and not getattr(module, "comfy_patched_weights", False)
+                and next(module.children(), None) is None]
+
+    def pinned(self) -> set[str]:
+        return set(self._patcher.pinned)
+
+    def unpin(self, name: str) -> None:
+        self._patcher.unpin_weight(name)
+
     def end_patches(self) -> None:
         for layer in self._block_layers():
             layer.patch = None

@@ -56,13 +56,16 @@ class Memory(Protocol):
         """What can be allocated on a device now."""
 
     def total_bytes(self, device: str) -> int:
-        """All memory of a device."""
+        """A device's memory, or the machine's for the CPU; 0 for a device that is not here."""
 
-    def has_device(self, device: str) -> bool:
-        """Whether torch can use a device of this name here."""
+    def devices(self) -> list[str]:
+        """The accelerators of the kind that the host computes on, such as `cuda:0`; none on a CPU."""
 
     def can_pin(self) -> bool:
         """The host page-locks weights that stay off the device."""
+
+    def pinned(self) -> tuple[int, int]:
+        """(bytes that are page-locked now, the most that the host takes the platform to allow); of all models."""
 
 
 class Lifecycle(Protocol):

@@ -54,6 +54,18 @@ class Weights(Protocol):
     def on_device(self) -> int:
         """Bytes that the host counts as loaded on the device."""
 
+    def cast_at_use(self) -> list[tuple[str, torch.nn.Module]]:
+        """The leaf modules that the host did not load and casts at each use, by name, in the order in which the model has them.
+
+        They stay in RAM until somebody moves them; wherever that is, the host's cast finds them.
+        """
+
+    def pinned(self) -> set[str]:
+        """Names of the weights that the host page-locked."""
+
+    def unpin(self, name: str) -> None:
+        """The host lets go of a page-locked weight."""
+
     def end_patches(self) -> None:
         """Layers that patch their weights at each use stop doing so."""
 

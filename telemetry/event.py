@@ -48,8 +48,12 @@ NAMES = frozenset({
     "split.capped",         # model, device, figure, budget_bytes: of the pages that ComfyUI keeps on the device itself
     "split.moved",          # model, device: it runs there, as a rule says
     "model.built",          # model, seconds
-    "model.placed",         # model, device, seconds, device_bytes, mapped_bytes, host_bytes
+    "model.placed",         # model, device, seconds, device_bytes, mapped_bytes, host_bytes; donor_bytes by other device
     "model.released",       # model, device, seconds, bytes, partly
+    "donors.placed",        # model, seconds, predicted_bytes and observed_bytes by device that is not the model's own
+    "donors.refused",       # model, device, bytes that stay in RAM, reason
+    "donors.left",          # device, bytes, seconds, reason
+    "pin.failed",           # model, bytes, reason
     "memory.freed",         # device, wanted_bytes, models, seconds
     "memory.emptied",       # seconds
     "prompt.finished",      # prompt, ok, seconds, placing_seconds, read_bytes, private_bytes, file_bytes,

@@ -15,7 +15,8 @@ Record = Mapping[str, Any]
 
 # What a user may have to act on.
 _TROUBLE = frozenset({"hook.declined", "hook.shadowed", "hook.retired", "hook.failed", "policy.declined", "policy.ineffective",
-                      "policy.failed", "file.changed", "file.unreadable", "cache.skipped", "split.insufficient"})
+                      "policy.failed", "file.changed", "file.unreadable", "cache.skipped", "split.insufficient",
+                      "donors.refused", "pin.failed"})
 
 
 class Table(NamedTuple):

@@ -21,10 +21,10 @@ _INFO = frozenset({
     "file.changed", "file.unreadable", "model.placed", "prompt.finished", "plugin.started", "settings.changed",
     "memory.emptied", "cache.hit", "cache.evicted", "cache.preloaded", "cache.skipped", "cache.ready", "cache.stopped",
     "cache.imported", "snapshot.ready", "snapshot.restored", "split.planned", "split.insufficient", "split.capped",
-    "split.moved",
+    "split.moved", "donors.placed", "donors.refused", "donors.left", "pin.failed",
 })
 _WARNING = frozenset({"hook.failed", "policy.failed", "policy.ineffective", "file.changed", "file.unreadable", "hook.shadowed",
-                      "cache.skipped", "split.insufficient"})
+                      "cache.skipped", "split.insufficient", "donors.refused", "pin.failed"})
 
 # What a line is about, in this order; then how it went, each with its preposition; and what comes last, after a colon.
 _SUBJECTS = ("file", "model", "hook", "policy", "request", "prompt", "type")
@@ -69,7 +69,7 @@ def _part(key: str, value: Any) -> str:
     if unit not in ("bytes", "seconds") or not name:
         return f"{key.replace('_', ' ')}: {_value(key, value)}"
     if isinstance(value, Mapping):
-        link = "in" if name == "types" else "on"
+        link = {"types": "in", "predicted": "predicted on", "observed": "observed on"}.get(name, "on")
         return ", ".join(f"{_value(unit, inner)} {link} {where}" for where, inner in value.items())
     return f"{_value(unit, value)} {name.replace('_', ' ')}"
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..policy import Decision, Effect, Policy
-from ..requests import FreeMemory, LoadModel, MoveWeights, PlaceModel, PlaceModels, Request
+from ..policy import Decision, Effect, Policy, Proceed
+from ..requests import FreeMemory, LoadModel, MoveWeights, PinMemory, PinWeight, PlaceModel, PlaceModels, Request
 from .choosing import Chooser
+from .donors import Donors
+from .pinning import Pinning
 from .settings import Settings
 from .split import Splitter
 
@@ -32,11 +34,13 @@ class HybridSplit(Policy):
     def __init__(self, settings: Settings, tools: Tools) -> None:
         self.settings: Settings = settings
         chooser = Chooser(settings, tools)
-        self._splitter = Splitter(settings, tools, chooser)
-        self._rules: dict[type[Request], Any] = {PlaceModel: self._splitter.place}
-        if settings.rules:
+        self._donors, self._pinning = Donors(tools), Pinning(tools)
+        self._splitter = Splitter(settings, tools, chooser, self._donors)
+        self._rules: dict[type[Request], Any] = {PlaceModel: self._splitter.place, PinWeight: self._pin,
+                                                 PinMemory: self._pinning.memory}
+        if settings.rules or settings.devices:
             self._rules |= {LoadModel: chooser.load, MoveWeights: self._splitter.move,
-                            PlaceModels: self._splitter.place_models, FreeMemory: self._splitter.free}
+                            PlaceModels: self._splitter.place_models, FreeMemory: self._free}
         self.answers = frozenset(self._rules)
 
     def decide(self, request: Request) -> Decision | None:
@@ -44,4 +48,22 @@ class HybridSplit(Policy):
         return rule(request) if rule else None
 
     def prompt_ended(self) -> Effect | None:
+        self._donors.prompt_ended()
+        self._pinning.prompt_ended()
         return self._splitter.take_effect()
+
+    def close(self) -> None:
+        self._donors.close()
+
+    def _free(self, request: FreeMemory) -> Decision:
+        """Less room where a limit needs less, and what is lent there leaves before the host's models do."""
+        amended = self._splitter.spared(request)
+        leave = self._donors.free(amended)
+        return Decision(leave.reason, lambda proceed: leave.act(lambda asked=None: proceed(amended)))
+
+    def _pin(self, request: PinWeight) -> Decision:
+        def act(proceed: Proceed) -> Any:
+            self._donors.before_pinning()
+            return self._pinning.weight(request, proceed)
+
+        return Decision("", act)

@@ -1,4 +1,4 @@
-"""Which rule holds for a model, and the device that it wants the model to run on."""
+"""Which rule holds for a model, and which devices that means for it."""
 from __future__ import annotations
 
 import os
@@ -10,6 +10,7 @@ from ..policy import Decision, Proceed
 from ..requests import LoadModel
 from ..weights import Weights
 from . import rules
+from .allocation import RAM, Allocation, normal
 from .settings import Rule, Settings
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ class Chooser:
     """Decides on `LoadModel`."""
 
     def __init__(self, settings: Settings, tools: Tools) -> None:
-        self._rules, self._tools = settings.rules, tools
+        self._rules, self._tools, self._everywhere = settings.rules, tools, Allocation.parse(settings.devices)
         self._refused: set[str] = set()
 
     def rule(self, weights: Weights) -> Rule | None:
@@ -32,6 +33,13 @@ class Chooser:
             mapped = (self._tools.bank.file_of(parameter) for parameter in weights.module.parameters())
             paths = tuple({file.path for file in mapped if file is not None})
         return self._best(weights.component, paths, weights.size())
+
+    def allocation(self, rule: Rule | None) -> Allocation:
+        """Where the weights of a model with this rule live; a rule with a budget of its own leaves the table's string out."""
+        if rule is not None and rule.devices:
+            return Allocation.parse(rule.devices)
+        budget = rule is not None and (rule.residency != "auto" or not isinstance(rule.device_gb, str))
+        return Allocation() if budget else self._everywhere
 
     def load(self, request: LoadModel) -> Decision:
         def act(proceed: Proceed) -> Any:
@@ -48,7 +56,7 @@ class Chooser:
         return rules.best(self._rules, rules.Subject(paths, component, size))
 
     def _run_on(self, run_on: Callable[[str], None], device: str, name: str) -> None:
-        if self._tools.host.memory.has_device(device):
+        if normal(device) in (RAM, *self._tools.host.memory.devices()):
             run_on(device)
             emit("split.moved", model=name, device=device)
         elif device not in self._refused:

@@ -4,9 +4,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ... import settings as settings_module
+from .allocation import Allocation
 
 COMPONENTS = ("diffusion_model", "text_encoder", "vae")
 _FACTOR = {"minimum": 0.5, "maximum": 0.9}
+_DEVICES = {"check": Allocation.parse}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,7 @@ class Rule:
     device_gb: settings_module.Auto = field(default="auto", metadata=settings_module.AUTO)
     residency: str = field(default="auto", metadata={"choices": ("auto", "device", "host")})
     device: str = ""
-    devices: str = ""
+    devices: str = field(default="", metadata=_DEVICES)
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,6 @@ class Settings:
     overhead_percent: float = field(default=15, metadata={"minimum": 10, "maximum": 30})
     conservative_factor: float = field(default=0.7, metadata=_FACTOR)
     skip_clip: bool = False
-    devices: str = ""
+    devices: str = field(default="", metadata=_DEVICES)
     rescue: bool = True
     rules: tuple[Rule, ...] = ()

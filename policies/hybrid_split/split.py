@@ -17,7 +17,9 @@ from ..policy import Decision, Effect, Proceed
 from ..requests import FreeMemory, MoveWeights, PlaceModel, PlaceModels
 from ..weights import Weights
 from . import budget, rules
+from .allocation import RAM, Allocation
 from .choosing import Chooser
+from .donors import Donors
 from .settings import Rule, Settings
 
 if TYPE_CHECKING:
@@ -37,12 +39,14 @@ class Choice:
         limit: bytes of weights on the device, at most.
         total: bytes for weights and the host's buffer for streaming; None where `limit` says it, or nothing limits it.
         ours: the host would have chosen another one.
+        allocation: where the rest lives.
     """
 
     figure: str
     limit: int | None = None
     total: float | None = None
     ours: bool = True
+    allocation: Allocation = Allocation()
 
 
 class Splitter:
@@ -52,9 +56,10 @@ class Splitter:
         reserve_of: bytes that a model needed beside ComfyUI's figure when it ran out of memory.
     """
 
-    def __init__(self, settings: Settings, tools: Tools, chooser: Chooser,
+    def __init__(self, settings: Settings, tools: Tools, chooser: Chooser, donors: Donors,
                  reserve_of: Callable[[torch.nn.Module], int] = lambda module: 0) -> None:
-        self._settings, self._tools, self._chooser, self._reserve_of = settings, tools, chooser, reserve_of
+        self._settings, self._tools, self._chooser, self._donors = settings, tools, chooser, donors
+        self._reserve_of = reserve_of
         self._told: WeakKeyDictionary[torch.nn.Module, tuple[Any, ...]] = WeakKeyDictionary()
         self._given_up: WeakSet[torch.nn.Module] = WeakSet()
         self._effect: Effect | None = None
@@ -67,16 +72,16 @@ class Splitter:
         if self._settings.skip_clip and weights.component == "text_encoder":
             return None
         rule = self._chooser.rule(weights)
-        choice = self._choose(request, rule)
-        if not choice.ours and (weights.streamed_by_host or weights.on_device() == weights.size()):
+        choice = dataclasses.replace(self._choose(request, rule), allocation=self._chooser.allocation(rule))
+        if not choice.ours and not choice.allocation and (weights.streamed_by_host or weights.on_device() == weights.size()):
             return None  # nothing to do, and nothing new to say
         return Decision("", partial(self._place, request, rule, choice))
 
     def _choose(self, request: PlaceModel, rule: Rule | None) -> Choice:
         weights, device = request.weights, str(request.device)
-        limit = self._limit(rule)
+        limit = self._limit(rule, weights)
         if limit is not None:
-            return Choice("the rule's", limit=limit)
+            return Choice("the rule's" if rule is not None else "that of hybrid_split.devices", limit=limit)
         if rule is not None and rule.residency == "device":
             return Choice("the rule's")
         factor = self._settings.conservative_factor if rule is None or isinstance(rule.conservative_factor, str) \
@@ -91,14 +96,14 @@ class Splitter:
         return Choice("ComfyUI's, less what it lacked before", total=stock - reserve) if reserve \
             else Choice("ComfyUI's", total=stock, ours=False)
 
-    @staticmethod
-    def _limit(rule: Rule | None) -> int | None:
-        """What a rule says by itself, whatever is free."""
-        if rule is None:
-            return None
-        if rule.residency == "host":
+    def _limit(self, rule: Rule | None, weights: Weights) -> int | None:
+        """What is stated, whatever is free."""
+        if rule is not None and rule.residency == "host":
             return 0
-        return None if isinstance(rule.device_gb, str) else int(rule.device_gb * GB)
+        if rule is not None and not isinstance(rule.device_gb, str):
+            return int(rule.device_gb * GB)
+        total_of = self._tools.host.memory.total_bytes
+        return self._chooser.allocation(rule).bytes_for(weights.load_device(), weights.size(), total_of)
 
     def _place(self, request: PlaceModel, rule: Rule | None, choice: Choice, proceed: Proceed) -> Any:
         weights = request.weights
@@ -112,11 +117,14 @@ class Splitter:
         self._tell(request, rule, choice, predicted)
         token = _split.set(weights.module if split else None)
         try:
-            answer = proceed(dataclasses.replace(request, more_bytes=more))
+            answer = self._lend(request, choice, lambda: proceed(dataclasses.replace(request, more_bytes=more)))
         finally:
             _split.reset(token)
         self._check(weights, str(request.device), predicted, choice)
         return answer
+
+    def _lend(self, request: PlaceModel, choice: Choice, proceed: Callable[[], Any]) -> Any:
+        return self._donors.around(request, choice.allocation, proceed) if choice.allocation else proceed()
 
     def move(self, request: MoveWeights) -> Decision | None:
         """A limit is of weights alone; with its buffer it may be more than the model, which the host would load whole."""
@@ -138,8 +146,8 @@ class Splitter:
             return
         self._told[weights.module] = state
         allowed = choice.limit if choice.limit is not None else choice.total
-        found = budget.verdict(weights.size(), weights.size() if allowed is None else min(weights.size(), predicted),
-                               self._ram_room(weights.module))
+        lent, ram_room = self._elsewhere(weights, choice.allocation)
+        found = budget.verdict(weights.size(), predicted + lent, ram_room)
         told: dict[str, Any] = {"model": weights.name, "device": str(request.device)}
         emit("split.planned", **told, mode=found.mode, figure=choice.figure, predicted_bytes=predicted,
              streamed_bytes=weights.size() - predicted, **({} if rule is None else {"rule": rules.label(rule)}),
@@ -147,6 +155,15 @@ class Splitter:
         if found.shortfall:
             emit("split.insufficient", **told, shortfall_bytes=found.shortfall,
                  reason="the device and RAM together do not hold it; a smaller file, or a smaller memory.pad_gb, would")
+
+    def _elsewhere(self, weights: Weights, allocation: Allocation) -> tuple[int, int]:
+        """What other devices and RAM may hold of a model."""
+        memory, lent, ram_room = self._tools.host.memory, 0, self._ram_room(weights.module)
+        here = memory.devices()
+        for share in allocation.donors(weights.load_device(), weights.size(), memory.total_bytes):
+            lent += share.bytes if share.device in here else 0
+            ram_room = min(ram_room, share.bytes) if share.device == RAM else ram_room
+        return lent, ram_room
 
     def _ram_room(self, module: torch.nn.Module) -> int:
         private = sum(parameter.nbytes for parameter in module.parameters()
@@ -166,7 +183,7 @@ class Splitter:
         """The host pages these weights itself: its pages get a limit, where its library has one."""
         weights = request.weights
         limit = choice.limit if choice.limit is not None or choice.total is None else int(choice.total)
-        answer = proceed()
+        answer = self._lend(request, choice, proceed)
         if limit is None:
             return answer
         if weights.cap(limit):
@@ -184,7 +201,7 @@ class Splitter:
         """Models that need less than all of their size there spare others."""
         spare: dict[str, float] = {}
         for weights in request.weights:
-            limit = self._limit(self._chooser.rule(weights))
+            limit = self._limit(self._chooser.rule(weights), weights)
             if limit is not None and not weights.streamed_by_host:
                 unused = weights.size() - max(limit, weights.on_device())
                 spare[weights.load_device()] = spare.get(weights.load_device(), 0) + max(0, unused)
@@ -200,13 +217,12 @@ class Splitter:
 
         return Decision("", act)
 
-    def free(self, request: FreeMemory) -> Decision | None:
+    def spared(self, request: FreeMemory) -> FreeMemory:
+        """The room that is really needed."""
         spare = _spare.get()
         unused = spare.pop(request.device, 0) if spare else 0  # the first room made is for the weights, later ones for the rest
-        if not unused:
-            return None
         wanted = max(0.0, request.bytes_wanted - _STOCK_SHARE * unused)
-        return Decision("", lambda proceed: proceed(dataclasses.replace(request, bytes_wanted=wanted)))
+        return dataclasses.replace(request, bytes_wanted=wanted) if unused else request
 
     def take_effect(self) -> Effect | None:
         """What was foretold and found since the last time."""

@@ -23,6 +23,7 @@ from ... import settings as settings_module
 from ...telemetry import emit
 from ..files.bank import MappedFile
 from ..files.identity import overwritten
+from ..files.parameters import Homes
 from ..memory import GB, Residency
 from ..policy import Decision, Effect, Policy, Proceed, Refusal, Unfit
 from ..requests import (
@@ -48,7 +49,6 @@ from .building import Builder
 from .copies import Copies
 from .dense import DenseWeights
 from .offload import Offloader
-from .parameters import Homes
 from .reading import Reader
 
 if TYPE_CHECKING:

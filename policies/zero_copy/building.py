@@ -19,10 +19,10 @@ import torch
 
 from ...telemetry import emit
 from ..files.bank import Bank, MappedFile
+from ..files.parameters import Homes, is_plain, parts, put
+from ..files.subclasses import has_own_memory
 from ..policy import Decision, Effect, Proceed
 from ..requests import BuildModel, FillModule
-from .parameters import Homes, is_plain, parts, put
-from .subclasses import has_own_memory
 
 NOTABLE = 2**20  # bytes; below this a model is not worth a warning
 

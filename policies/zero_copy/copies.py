@@ -14,11 +14,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from ..files.parameters import Homes, fingerprints, is_plain, parts, put, size
+from ..files.subclasses import has_own_memory
 from ..memory import Residency
 from ..policy import Decision, Proceed
 from ..requests import PinMemory, PinWeight, WriteInPlace
-from .parameters import Homes, fingerprints, is_plain, parts, put, size
-from .subclasses import has_own_memory
 
 if TYPE_CHECKING:
     from .. import Tools
@@ -80,7 +80,13 @@ class Copies:
             put(leaf, name, parameter.detach().clone())
             self._pinned.setdefault(leaf, {})[name] = size(parameter)
             self.book()
-            return proceed()
+            answer = proceed()
+            home = self._homes.get(leaf).get(name)
+            if home is not None and request.name not in request.weights.pinned():
+                put(leaf, name, home.tensor)  # a copy that is not page-locked would only cost RAM
+                self.gone(leaf, name)
+                self.book()
+            return answer
 
         return Decision("", act)
 

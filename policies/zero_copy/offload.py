@@ -11,11 +11,11 @@ import torch
 
 from ...telemetry import emit
 from ..files.bank import Bank, MappedFile
+from ..files.parameters import Home, Homes, fingerprints, parts, put, size
 from ..policy import Decision, Proceed
 from ..requests import MoveModule, MoveWeights, OffloadPart, OffloadWeights
 from ..weights import Weights
 from .copies import Copies
-from .parameters import Home, Homes, fingerprints, parts, put, size
 
 Placed = tuple[torch.nn.Module, str, torch.nn.Parameter, Home]
 

@@ -13,11 +13,11 @@ import safetensors
 from ...telemetry import emit, log
 from ..files import pages
 from ..files.bank import Lease, MappedFile
+from ..files.parameters import is_plain
 from ..memory import Residency
 from ..policy import Decision, Proceed, Refusal
 from ..requests import OpenModel, ReadWeights
 from . import gguf, opening
-from .parameters import is_plain
 
 if TYPE_CHECKING:
     from .. import Tools

@@ -199,6 +199,13 @@ def start() -> None:
     switching.start(COMFYUI, MODELS)
 
 
+def split() -> None:
+    """Seconds per step against bytes offloaded: on a CUDA card where there is one, else simulated."""
+    import split
+
+    split.run(COMFYUI, MODELS, torch.cuda.is_available())
+
+
 def hook() -> None:
     """One intercepted call, on a function that does nothing."""
     from hook_cost import microseconds
@@ -206,19 +213,21 @@ def hook() -> None:
     show("One intercepted call, microseconds above the bare call", ("", "microseconds"), microseconds())
 
 
-BENCHES: dict[str, Callable[[], None]] = {"hook": hook, "load": load, "overhead": overhead, "swap": swap,
-                                          "partial": partial, "switch": switch, "start": start, "gguf": gguf, "gpu": gpu}
+BENCHES: dict[str, Callable[[], None]] = {
+    "hook": hook, "load": load, "overhead": overhead, "swap": swap, "partial": partial, "split": split, "switch": switch,
+    "start": start, "gguf": gguf, "gpu": gpu}
 
 if __name__ == "__main__":
     chosen = sys.argv[1:] or [name for name in BENCHES if name != "gpu" or torch.cuda.is_available()]
     unknown = [name for name in chosen if name not in BENCHES]
     if unknown:
         sys.exit(f"no benchmark {', '.join(unknown)}; there are {', '.join(BENCHES)}")
-    if {"swap", "partial"} & set(chosen):
+    simulated = ["swap", "partial", *([] if torch.cuda.is_available() else ["split"])]
+    if set(simulated) & set(chosen):
         reason = no_simulated_npu()
         if reason:
-            print(f"skipped, {reason}: swap, partial")
-            chosen = [name for name in chosen if name not in ("swap", "partial")]
+            print(f"skipped, {reason}: {', '.join(simulated)}")
+            chosen = [name for name in chosen if name not in simulated]
         else:
             build_simulated_npu()
     for name in chosen:

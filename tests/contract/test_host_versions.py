@@ -42,7 +42,7 @@ ATTRIBUTES = {
     ("comfy.model_patcher", "ModelPatcher"): (
         "model", "backup", "hook_backup", "hook_patches", "patches", "load_device", "offload_device", "pinned",
         "is_dynamic", "model_size", "loaded_size", "patches_uuid", "cached_patcher_init", "is_clip", "model_patches_to",
-        "clone"),
+        "clone", "unpin_weight"),
     ("comfy.sd", "VAE"): ("patcher", "first_stage_model", "device"),
     ("comfy.sd", "CLIP"): ("patcher", "clone"),
     ("nodes", "VAELoader"): ("image_taes", "video_taes", "vae_list"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import COMFYUI
 from e2e.conftest import Pair, troubles
+from e2e.test_preload_cache import status
 from support import workflows
 from support.server import MB, Server
 
@@ -101,3 +102,40 @@ def test_a_gguf_file_streams_with_dynamic_vram(cuda: None, models: Path, tmp_pat
         assert server.private_bytes() - private < 10 * MB
         assert next(event["copied_bytes"] for event in server.events("weights.mapped")) < 1 * MB
         assert troubles(server, paged=True) == []
+
+
+@pytest.mark.parametrize("pinned_gb", [0, 0.02, "auto"])
+def test_page_locked_weights_stay_within_the_budget(swapping: Pair, models: Path, tmp_path: Path,
+                                                    pinned_gb: float | str) -> None:
+    """The sum over all models, mapped ones too, as ComfyUI counts it; and the latents are those of ComfyUI alone."""
+    quoted = f'"{pinned_gb}"' if isinstance(pinned_gb, str) else pinned_gb
+    settings = f'[memory]\npinned_gb = {quoted}\n[hybrid_split]\ndevices = "cuda:0,25%;cpu,*"\n'
+    flow = workflows.text_to_latent("middle_a")
+    with Server(COMFYUI, tmp_path, models, device_args=["--disable-dynamic-vram"], settings=settings) as server:
+        server.run(flow)
+        pinned = status(server)["bytes"]["pinned"]
+        swapping.alone.run(flow)
+
+        assert torch.equal(swapping.alone.latents(), server.latents())
+        assert server.events("pin.failed") == []
+    if pinned_gb == "auto":
+        assert pinned > 20 * MB
+    else:
+        assert pinned <= pinned_gb * 2**30
+        assert (pinned > 0) == (pinned_gb > 0)
+
+
+def test_a_second_card_lends_memory(swapping: Pair, models: Path, tmp_path: Path) -> None:
+    """As much as the settings say, and the latents stay."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one card")
+    settings = '[hybrid_split]\ndevices = "cuda:0,25%;cuda:1,20mb"\n'
+    flow = workflows.text_to_latent("middle_a")
+    with Server(COMFYUI, tmp_path, models, device_args=["--disable-dynamic-vram"], settings=settings) as server:
+        server.run(flow)
+        swapping.alone.run(flow)
+        placed = server.events("donors.placed")[-1]
+
+        assert torch.equal(swapping.alone.latents(), server.latents())
+        assert placed["predicted_bytes"] == placed["observed_bytes"]
+        assert 16 * MB < placed["observed_bytes"]["cuda:1"] <= 20 * MB

@@ -62,23 +62,27 @@ class FakeFormats:
 
 
 class FakeMemory:
-    """Whether the host pins, what is free on every device, how large they are, and which there are."""
+    """Whether the host pins, what it has pinned and may pin at most, and what is free on every device."""
 
     def __init__(self) -> None:
         self.pins, self.free, self.total = True, 2**30, 2**31
-        self.devices = {"cpu", "cuda:0"}
+        self.accelerators = ["cuda:0"]
+        self.pinned_now, self.pinned_most = 0, 2**40
 
     def free_bytes(self, device: str) -> int:
         return self.free
 
     def total_bytes(self, device: str) -> int:
-        return self.total
+        return self.total if device in ("cpu", *self.accelerators) else 0
 
-    def has_device(self, device: str) -> bool:
-        return device in self.devices
+    def devices(self) -> list[str]:
+        return self.accelerators
 
     def can_pin(self) -> bool:
         return self.pins
+
+    def pinned(self) -> tuple[int, int]:
+        return self.pinned_now, self.pinned_most if self.pins else 0
 
 
 class FakeLifecycle:

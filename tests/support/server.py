@@ -179,15 +179,23 @@ class Server:
                 if node["prompt"] == ran[-1]["prompt"] and "Loader" in node["kind"] and "Lora" not in node["kind"]]
 
     def device(self) -> dict[str, int]:
-        """The simulated accelerator's counters, in bytes."""
+        """The simulated accelerators' counters, in bytes."""
+        stats = self._stats()
+        return {"held": sum(stats["held"]), "to_device": stats["h2d_bytes"], "to_host": stats["d2h_bytes"],
+                "within": stats["d2d_bytes"], "from_file": stats["file_to_device_bytes"]}
+
+    def used(self) -> list[int]:
+        """Bytes that are allocated on each simulated accelerator."""
+        return list(self._stats()["used"])
+
+    def _stats(self) -> dict[str, Any]:
         self._stats_file.unlink(missing_ok=True)
         self.process.send_signal(signal.SIGUSR2)
         end = time.monotonic() + 30
         while not self._stats_file.exists() and time.monotonic() < end:
             time.sleep(0.01)
-        stats = json.loads(self._stats_file.read_text())
-        return {"held": sum(stats["held"]), "to_device": stats["h2d_bytes"], "to_host": stats["d2h_bytes"],
-                "from_file": stats["file_to_device_bytes"]}
+        stats: dict[str, Any] = json.loads(self._stats_file.read_text())
+        return stats
 
     def private_bytes(self) -> int:
         """Private RAM, without the memory that plays the accelerator's."""

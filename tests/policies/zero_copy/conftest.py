@@ -28,6 +28,7 @@ class FakeWeights:
     stays_mapped: bool = False
     room: Any = None
     bytes_on_device: int = 0
+    pins: bool = True  # whether the host succeeds with what it page-locks
 
     def size(self) -> int:
         return sum(parameter.nbytes for parameter in self.module.parameters())
@@ -47,6 +48,9 @@ class FakeWeights:
 
     def patched(self) -> set[str]:
         return self.to_patch
+
+    def pinned(self) -> set[str]:
+        return {name for name, _ in self.module.named_parameters()} if self.pins else set()
 
     def end_patches(self) -> None:
         self.patching = False

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from residency.policies.files import pages
 from residency.policies.files.bank import Bank
+from residency.policies.files.parameters import Home, Homes, fingerprint, is_plain, parts, put
 from residency.policies.memory import Residency
 from residency.policies.requests import (
     MoveModule,
@@ -22,7 +23,6 @@ from residency.policies.requests import (
     PinWeight,
     WriteInPlace,
 )
-from residency.policies.zero_copy.parameters import Home, Homes, fingerprint, is_plain, parts, put
 from residency.telemetry.sinks import Ring
 from torch import nn
 

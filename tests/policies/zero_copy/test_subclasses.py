@@ -8,9 +8,9 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from residency.policies.files.parameters import Homes, fingerprint, is_plain, parts, put, size
+from residency.policies.files.subclasses import has_own_memory, memory, over
 from residency.policies.requests import FillModule, MoveWeights, PinMemory, PinWeight, Request
-from residency.policies.zero_copy.parameters import Homes, fingerprint, is_plain, parts, put, size
-from residency.policies.zero_copy.subclasses import has_own_memory, memory, over
 from residency.telemetry.sinks import Ring
 from torch import nn
 

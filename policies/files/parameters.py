@@ -15,8 +15,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from ..files.bank import Bank, MappedFile
 from . import subclasses
+from .bank import Bank, MappedFile
 from .subclasses import has_own_memory
 
 _BATCH = 2**17  # words that are mixed at once: 1 MB, and a few times that in temporary memory
