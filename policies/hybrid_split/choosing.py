@@ -38,8 +38,8 @@ class Chooser:
         """Where the weights of a model with this rule live; a rule with a budget of its own leaves the table's string out."""
         if rule is not None and rule.devices:
             return Allocation.parse(rule.devices)
-        budget = rule is not None and (rule.residency != "auto" or not isinstance(rule.device_gb, str))
-        return Allocation() if budget else self._everywhere
+        whole = rule is not None and rule.residency == "device"
+        return Allocation() if whole or rules.limit(rule) is not None else self._everywhere
 
     def load(self, request: LoadModel) -> Decision:
         def act(proceed: Proceed) -> Any:

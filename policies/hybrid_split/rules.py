@@ -40,6 +40,13 @@ def label(rule: Rule) -> str:
     return ", ".join(part for part in asked if part and part != "*") or "*"
 
 
+def limit(rule: Rule | None) -> int | None:
+    """Bytes of weights on the device that a rule states by itself; None where it does not."""
+    if rule is not None and rule.residency == "host":
+        return 0
+    return None if rule is None or isinstance(rule.device_gb, str) else int(rule.device_gb * GB)
+
+
 def _holds(rule: Rule, subject: Subject) -> bool:
     return (rule.component in ("", subject.component) and rule.larger_than_gb * GB <= subject.size
             and subject.size <= rule.smaller_than_gb * GB

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 
 from ...telemetry import emit
-from ..memory import GB, ram
+from ..memory import ram
 from ..policy import Decision, Effect, Proceed
 from ..requests import FreeMemory, MoveWeights, PlaceModel, PlaceModels
 from ..weights import Weights
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 TOLERANCE = 0.02  # of the model's size: what may lie between foretold and found
 _STOCK_SHARE = 1.1  # of a model's size: what ComfyUI makes room for
 _split: ContextVar[torch.nn.Module | None] = ContextVar("residency_split", default=None)  # being placed with a limit
+_NOWHERE = Allocation()
 _spare: ContextVar[dict[str, float] | None] = ContextVar("residency_spare", default=None)
 
 
@@ -46,7 +47,7 @@ class Choice:
     limit: int | None = None
     total: float | None = None
     ours: bool = True
-    allocation: Allocation = Allocation()
+    allocation: Allocation = _NOWHERE
 
 
 class Splitter:
@@ -98,12 +99,9 @@ class Splitter:
 
     def _limit(self, rule: Rule | None, weights: Weights) -> int | None:
         """What is stated, whatever is free."""
-        if rule is not None and rule.residency == "host":
-            return 0
-        if rule is not None and not isinstance(rule.device_gb, str):
-            return int(rule.device_gb * GB)
-        total_of = self._tools.host.memory.total_bytes
-        return self._chooser.allocation(rule).bytes_for(weights.load_device(), weights.size(), total_of)
+        own, total_of = rules.limit(rule), self._tools.host.memory.total_bytes
+        return own if own is not None \
+            else self._chooser.allocation(rule).bytes_for(weights.load_device(), weights.size(), total_of)
 
     def _place(self, request: PlaceModel, rule: Rule | None, choice: Choice, proceed: Proceed) -> Any:
         weights = request.weights
@@ -198,10 +196,11 @@ class Splitter:
         return answer
 
     def place_models(self, request: PlaceModels) -> Decision | None:
-        """Models that need less than all of their size there spare others."""
+        """Models that need less than all of their size there spare others. Where a device's share is stated they do not: it is
+        of all models together."""
         spare: dict[str, float] = {}
         for weights in request.weights:
-            limit = self._limit(self._chooser.rule(weights), weights)
+            limit = rules.limit(self._chooser.rule(weights))
             if limit is not None and not weights.streamed_by_host:
                 unused = weights.size() - max(limit, weights.on_device())
                 spare[weights.load_device()] = spare.get(weights.load_device(), 0) + max(0, unused)
