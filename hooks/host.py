@@ -93,6 +93,24 @@ class Memory:
     def free_bytes(self, device: str) -> int:
         return int(comfy.model_management.get_free_memory(torch.device(device)))
 
+    def total_bytes(self, device: str) -> int:
+        return int(comfy.model_management.get_total_memory(torch.device(device)))
+
+    def is_oom(self, error: BaseException) -> bool:
+        kind = comfy.model_management.OOM_EXCEPTION
+        if kind is Exception:  # a torch without one of its own: every error would be it
+            return False
+        known = getattr(comfy.model_management, "is_oom", None)
+        return bool(known(error)) if known is not None else isinstance(error, kind)
+
+    def free_others(self, device: str, module: torch.nn.Module) -> None:
+        loaded = comfy.model_management.current_loaded_models
+        needed = [one for one in loaded if one.currently_used or (one.model is not None and one.model.model is module)]
+        comfy.model_management.free_memory(1e30, torch.device(device), keep_loaded=needed)
+
+    def empty_cache(self) -> None:
+        comfy.model_management.soft_empty_cache()
+
     def can_pin(self) -> bool:
         return bool(getattr(comfy.model_management, "MAX_PINNED_MEMORY", 0) > 0)
 

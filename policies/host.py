@@ -55,6 +55,18 @@ class Memory(Protocol):
     def free_bytes(self, device: str) -> int:
         """What can be allocated on a device now."""
 
+    def total_bytes(self, device: str) -> int:
+        """What a device has."""
+
+    def is_oom(self, error: BaseException) -> bool:
+        """Whether an error is a device's out-of-memory, as far as the host can tell one; the CPU's never is."""
+
+    def free_others(self, device: str, module: torch.nn.Module) -> None:
+        """Takes all models off a device but this one and those in use beside it."""
+
+    def empty_cache(self) -> None:
+        """The allocator gives what it holds free back to the device."""
+
     def can_pin(self) -> bool:
         """The host page-locks weights that stay off the device."""
 

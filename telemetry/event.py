@@ -45,6 +45,8 @@ NAMES = frozenset({
     "model.built",          # model, seconds
     "model.placed",         # model, device, seconds, device_bytes, mapped_bytes, host_bytes
     "model.released",       # model, device, seconds, bytes, partly
+    "rescue.repeated",      # what, model, attempt, freed_bytes, seconds to free them, error: a device had run out of memory
+    "rescue.failed",        # what, model, attempts, freed_bytes, error: repeating did not help
     "memory.freed",         # device, wanted_bytes, models, seconds
     "memory.emptied",       # seconds
     "prompt.finished",      # prompt, ok, seconds, placing_seconds, read_bytes, private_bytes, file_bytes,

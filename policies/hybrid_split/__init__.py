@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..policy import Decision, Policy
 from ..requests import PlaceModel, Request
+from .rescue import Rescue
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -29,12 +30,17 @@ class HybridSplit(Policy):
 
     def __init__(self, settings: Settings, tools: Tools) -> None:
         self.settings: Settings = settings
-        self._rules: dict[type[Request], Any] = {PlaceModel: self._place}
+        self._rescue = Rescue(tools) if settings.rescue else None
+        self._rules: dict[type[Request], Any] = {PlaceModel: self._place, **(self._rescue.rules if self._rescue else {})}
         self.answers = frozenset(self._rules)
 
     def decide(self, request: Request) -> Decision | None:
         rule: Any = self._rules.get(type(request))
         return rule(request) if rule else None
 
+    def emptied(self) -> None:
+        if self._rescue:
+            self._rescue.headroom.clear()
+
     def _place(self, request: PlaceModel) -> Decision | None:
-        return None
+        return self._rescue.place(request) if self._rescue else None

@@ -55,11 +55,12 @@ class Server:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         variables = {**os.environ, "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2", **(env or {})}
-        self._stats_file = base / "stats.json"
+        self._stats_file, self._trouble_file = base / "stats.json", base / "trouble.json"
         if device_args is None:
             device_args = ["--cpu"] if device_mb is None else DYNAMIC_VRAM if dynamic_vram else []
         if device_mb is not None:
             variables |= {"SIMNPU_MB": str(device_mb), "SIMNPU_STATS": str(self._stats_file),
+                          "SIMNPU_TROUBLE": str(self._trouble_file),
                           "PYTHONPATH": os.pathsep.join([str(SIMULATED_NPU), *([str(SIMULATED_AIMDO)] if dynamic_vram else []),
                                                          os.environ.get("PYTHONPATH", "")])}
         self.simulated, self.dynamic_vram = device_mb is not None, dynamic_vram
@@ -170,8 +171,21 @@ class Server:
         events = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
         return [event for event in events if name in (None, event["event"])]
 
+    def fail(self, at: int, on: bool = False) -> None:
+        """The simulated accelerator runs out of memory at an allocation from now, once, or from there `on`; -1 is never."""
+        self._trouble(fail_at=at, on=on)
+
+    def shrink(self, device_mb: float) -> None:
+        """Somebody else takes memory of the simulated accelerator, or gives it back."""
+        self._trouble(capacity_mb=device_mb)
+
+    def _trouble(self, **trouble: float) -> None:
+        self._trouble_file.write_text(json.dumps(trouble))
+        self.process.send_signal(signal.SIGUSR1)
+        self.device()  # signals are taken in the order of their numbers
+
     def device(self) -> dict[str, int]:
-        """The simulated accelerator's counters, in bytes."""
+        """The simulated accelerator's counters, in bytes, and of its allocations."""
         self._stats_file.unlink(missing_ok=True)
         self.process.send_signal(signal.SIGUSR2)
         end = time.monotonic() + 30
@@ -179,7 +193,8 @@ class Server:
             time.sleep(0.01)
         stats = json.loads(self._stats_file.read_text())
         return {"held": sum(stats["held"]), "to_device": stats["h2d_bytes"], "to_host": stats["d2h_bytes"],
-                "from_file": stats["file_to_device_bytes"]}
+                "from_file": stats["file_to_device_bytes"], "used": sum(stats["used"]), "allocations": stats["allocs"],
+                "ooms": stats["ooms"], "armed": stats["armed"]}
 
     def private_bytes(self) -> int:
         """Private RAM, without the memory that plays the accelerator's."""
