@@ -62,13 +62,25 @@ class FakeFormats:
 
 
 class FakeMemory:
-    """Whether the host pins, and what is free on every device."""
+    """Whether the host pins, and what is free on every device; `others` is for whom the others had to leave."""
 
     def __init__(self) -> None:
-        self.pins, self.free = True, 2**30
+        self.pins, self.free, self.total = True, 2**30, 2**34
+        self.others: list[tuple[str, torch.nn.Module]] = []
 
     def free_bytes(self, device: str) -> int:
         return self.free
+
+    def total_bytes(self, device: str) -> int:
+        return self.total
+
+    def is_oom(self, error: BaseException) -> bool:
+        return isinstance(error, torch.OutOfMemoryError)
+
+    def free_others(self, device: str, module: torch.nn.Module) -> None:
+        self.others.append((device, module))
+
+    def empty_cache(self) -> None: ...
 
     def can_pin(self) -> bool:
         return self.pins

@@ -149,9 +149,16 @@ class Server:
     def interrupt(self) -> None:
         self._post("/interrupt", {})
 
-    def free(self) -> None:
-        """`POST /free` with both flags."""
-        self._post("/free", {"unload_models": True, "free_memory": True})
+    def free(self, memory: bool = True) -> None:
+        """`POST /free`, with both flags or only for the models on the device."""
+        self._post("/free", {"unload_models": True, "free_memory": memory})
+
+    def settings(self, text: str) -> None:
+        """Changes the user's settings, from the next prompt on."""
+        file = self.base / "user" / "residency" / "settings.toml"
+        before = file.stat().st_mtime_ns
+        file.write_text(text)
+        os.utime(file, ns=(before + 10**9, before + 10**9))
 
     def choices(self, kind: str, option: str) -> list[str]:
         """The file names that a node offers."""
