@@ -5,13 +5,15 @@ Packs may take part in a step and count steps as they do; such a step is not rep
 """
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 
-from ..policies.computing import Compute, ComputeAll, ComputeImage, ComputeStep, ComputeTiles
+from ..policies.computing import Compute, ComputeAll, ComputeImage, ComputeStep, ComputeTiles, IgnoreError
 from .call import HostCall
+from .host import Memory
 from .registry import Hook
 from .seam import Seam
 from .weights import PatcherWeights
@@ -68,6 +70,12 @@ def _of(kind: type[Kind], what: str) -> Callable[[HostCall], Kind | None]:
     return lambda call: _compute(kind, what, getattr(call.instance, "patcher", None))
 
 
+def _ignored(call: HostCall) -> IgnoreError | None:
+    """Where the host's LoRA arithmetic, and attention of packs, catch all errors they say so in the `except` block."""
+    error = sys.exc_info()[1]
+    return IgnoreError(error) if error is not None and Memory().is_oom(error) else None
+
+
 def _vae(name: str, optional: bool = False) -> Hook:
     return Hook(Seam("comfy.sd", f"VAE.{name}", optional=optional), ComputeTiles, lambda call: ComputeTiles())
 
@@ -86,4 +94,5 @@ HOOKS = (
     Hook(Seam("comfy.sd", "VAE.encode_tiled"), ComputeStep, _of(ComputeStep, "a tiled VAE encode")),
     *(_vae(f"{way}_tiled_{kind}") for way in ("decode", "encode") for kind in ("", "1d", "3d")),
     *(_vae(f"_{way}_tiled_owned", optional=True) for way in ("decode", "encode")),
+    Hook(Seam("logging", "error", ("msg",)), IgnoreError, _ignored),
 )

@@ -50,3 +50,10 @@ class ComputeAll(Compute):
 @dataclass(frozen=True)
 class ComputeTiles(Request):
     """A VAE is about to work in tiles."""
+
+
+@dataclass(frozen=True)
+class IgnoreError(Request):
+    """The host is about to log that it ran out of memory, and to go on without what failed: a LoRA, say."""
+
+    error: BaseException

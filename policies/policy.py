@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+import torch
+
 from .requests import Request
 
 
@@ -42,8 +44,8 @@ class Refusal(RuntimeError):
     """
 
 
-class OutOfMemory(Refusal):
-    """A device's memory ran out, and the host is about to answer in another way: a request that may be repeated is, instead."""
+class OutOfMemory(Refusal, torch.cuda.OutOfMemoryError):
+    """A device's memory ran out, and the host is about to go on in another way. It is torch's own to the host too."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ...telemetry import emit
-from ..computing import Compute, ComputeAll, ComputeImage, ComputeStep, ComputeTiles
+from ..computing import Compute, ComputeAll, ComputeImage, ComputeStep, ComputeTiles, IgnoreError
 from ..policy import Decision, OutOfMemory, Proceed
 from ..requests import PlaceModel
 from .headroom import Headroom
@@ -69,7 +69,8 @@ class _Trial:
     freed_last: int = 1
 
     def may_go_on(self) -> bool:
-        return self.attempts < self.request.repeats and self.freed_last > 0
+        """Where nothing was freed a second repeat would be the first again; a model is loaded with less."""
+        return self.attempts < self.request.repeats and (self.freed_last > 0 or isinstance(self.request, PlaceModel))
 
 
 def let_go(error: BaseException) -> None:
@@ -86,19 +87,23 @@ def let_go(error: BaseException) -> None:
 
 
 class Rescue:
-    """Decides on what is computed, on tiles, and on placings."""
+    """Decides on what is computed, on what the host would do instead, and on placings."""
 
     def __init__(self, tools: Tools) -> None:
         self._memory, self._lifecycle = tools.host.memory, tools.host.lifecycle
         self.headroom = Headroom()
         self.rules: dict[type[Any], Any] = {ComputeStep: self.compute, ComputeImage: self.compute, ComputeAll: self.compute,
-                                            ComputeTiles: self.tiles}
+                                            ComputeTiles: self.tiles, IgnoreError: self.ignored}
 
     def compute(self, request: Compute) -> Decision:
         return Decision("", partial(self._compute, request))
 
     def tiles(self, request: ComputeTiles) -> Decision | None:
         return Decision("", _refuse) if _situation.get().untiled else None
+
+    def ignored(self, request: IgnoreError) -> Decision | None:
+        """Without what failed it would be another image."""
+        return Decision("", partial(_raise, request.error)) if _situation.get().enclosed else None
 
     def place(self, request: PlaceModel) -> Decision | None:
         return None if request.device.type == "cpu" else Decision("", partial(self._place, request))
@@ -209,6 +214,10 @@ class Rescue:
         freed, free, total, held, size = (f"{number / MB:.0f} MB" for number in figures)
         return (f"Residency freed {freed} and repeated it {given_up.attempts} times, in vain. "
                 f"{device} has {free} of {total} free, {weights.name} has {held} of its {size} there.")
+
+
+def _raise(error: BaseException, proceed: Proceed) -> Any:
+    raise OutOfMemory(str(error)) from error
 
 
 def _refuse(proceed: Proceed) -> Any:

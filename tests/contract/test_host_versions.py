@@ -25,7 +25,7 @@ class Listener:
     def prompt_starts(self) -> None: ...
 
 
-SEAMS = [hook.seam for hook in all_hooks(Bank(), Listener()) if hook.seam.module.split(".")[0] != "torch"]
+SEAMS = [hook.seam for hook in all_hooks(Bank(), Listener()) if hook.seam.module.split(".")[0] not in ("torch", "logging")]
 FUNCTIONS = {seam.path: seam for seam in SEAMS if "." not in seam.path}
 METHODS = {seam.path: seam for seam in SEAMS if "." in seam.path}
 

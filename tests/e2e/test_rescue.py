@@ -70,8 +70,7 @@ def failing(server: Server, flow: Workflow, at: int, on: bool = False) -> list[s
 def unload(server: Server) -> None:
     """Takes the models off the device; nodes keep their results."""
     server.free(memory=False)
-    small = server.device()["used"]
-    wait_for(lambda: server.device()["used"] <= min(small, 4 * MB))
+    wait_for(lambda: server.device()["used"] < MB)
 
 
 @pytest.mark.parametrize("name", FLOWS)
@@ -83,7 +82,7 @@ def test_a_failure_while_sampling_changes_nothing(server: Server, name: str) -> 
     count = allocations(server, flow(2))
 
     repeated = []
-    for at in (1, count // 3, count * 2 // 3, count - 2):
+    for at in (1, count // 4, count // 3, count * 2 // 3, count - 2):
         server.run(flow(2))  # everything is on the device again, and the node cache holds another seed
         repeated += failing(server, flow(1), at)
         assert torch.equal(expected, server.latents())
@@ -98,7 +97,7 @@ def test_a_failure_while_a_model_is_loaded_changes_nothing(server: Server) -> No
     server.run(flow(1))
     expected = server.latents()
     server.run(flow(2))
-    for at in (2, 12, 30):
+    for at in (2, 4, 12, 30):  # the first two are in the arithmetic of a LoRA, where ComfyUI goes on without it
         unload(server)
         assert "loading" in failing(server, flow(1), at)
         assert torch.equal(expected, server.latents())
@@ -133,7 +132,6 @@ def test_a_decode_and_an_encode_are_repeated_whole_before_comfyui_goes_on_in_til
         assert torch.equal(expected, server.latents("out_vae"))
 
     assert set(repeated) == {"a VAE decode", "a VAE encode"}
-    assert "tiled VAE" not in server.log().split("rescue.repeated")[-1]
 
 
 def test_a_lora_is_neither_applied_twice_nor_left_on(server: Server) -> None:

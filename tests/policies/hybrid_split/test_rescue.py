@@ -11,7 +11,7 @@ import pytest
 import torch
 from residency.policies import Tools
 from residency.policies.chain import PolicyChain
-from residency.policies.computing import Compute, ComputeAll, ComputeImage, ComputeStep, ComputeTiles
+from residency.policies.computing import Compute, ComputeAll, ComputeImage, ComputeStep, ComputeTiles, IgnoreError
 from residency.policies.hybrid_split import HybridSplit, Settings
 from residency.policies.hybrid_split.headroom import Headroom
 from residency.policies.policy import OutOfMemory
@@ -295,6 +295,23 @@ class TestTiles:
             rescued.compute(Host(OutOfMemory("1"), OutOfMemory("2"), DeviceFull("in tiles too")), ComputeImage)
 
 
+class TestErrorsThatTheHostIgnores:
+    def ignored(self, rescued: Rescued) -> Any:
+        return rescued.chain.answer(IgnoreError(DeviceFull("of a LoRA")), Host(then=lambda: "logged"))
+
+    def test_are_an_out_of_memory_like_any_other(self, rescued: Rescued) -> None:
+        """A model without its LoRA would make another image."""
+        host = Host(then=partial(self.ignored, rescued))
+        with pytest.raises(OutOfMemory, match="of a LoRA\nResidency") as raised:
+            rescued.place(host)
+        assert len(host.requests) == 3
+        assert isinstance(raised.value, torch.OutOfMemoryError)
+
+    def test_are_the_hosts_own_affair_elsewhere(self, rescued: Rescued) -> None:
+        """Where nobody would repeat anything."""
+        assert self.ignored(rescued) == "logged"
+
+
 class TestPlacing:
     def test_a_model_that_did_not_fit_is_loaded_with_half_and_then_with_nothing(self, rescued: Rescued) -> None:
         """Of its budget, or of its size where the budget is larger; the host has taken it off the device."""
@@ -302,7 +319,6 @@ class TestPlacing:
         for budget, half in ((60 * MB, 30 * MB), (500 * MB, 50 * MB)):
             rescued.policy.emptied()
             host = Host(DeviceFull("1"), DeviceFull("2"))
-            rescued.memory.free_others = lambda device, module: setattr(rescued.memory, "free", rescued.memory.free + 1)
             assert rescued.place(host, budget) == "answer"
             assert [request.more_bytes for request in host.requests] == [budget, half, 0]
 
