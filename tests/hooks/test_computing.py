@@ -157,7 +157,8 @@ class TestMemory:
         loaded[1].currently_used = loaded[2].currently_used = False
         given: dict[str, Any] = {}
         monkeypatch.setattr(comfy.model_management, "current_loaded_models", loaded)
-        monkeypatch.setattr(comfy.model_management, "free_memory", lambda size, device, **more: given.update(more, device=device))
+        monkeypatch.setattr(comfy.model_management, "free_memory",
+                            lambda size, device, **more: given.update(more, device=device))
         host.Memory().free_others("meta", models[2].model)
         assert given == {"keep_loaded": [loaded[0], loaded[2]], "device": DEVICE}
 
