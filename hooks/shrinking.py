@@ -1,11 +1,14 @@
 """A model that is in use gives device memory back, and computes the same numbers with what is left."""
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 from weakref import ref
 
+import comfy.utils
 import torch
 
 from .gguf_weights import keeps_file_format
@@ -22,12 +25,36 @@ def give_back(patcher: Any, size: float) -> int:
     if not _streams(patcher.model):
         return 0
     patcher.unpatch_hooks()  # they would put weights back on the device later; the next step puts the hooks on again
-    patched = bool(patcher.patches)
-    # Patched as on the device: the host rounds otherwise what it patches at each use.
-    freed = int(patcher.partially_unload(patcher.offload_device, size, force_patch_weights=patched))
-    if patched:
-        place_anew(patcher)
+    if not patcher.patches:
+        return int(patcher.partially_unload(patcher.offload_device, size))
+    with _patched_as_they_are(patcher):  # what the host patches at each use it rounds otherwise
+        freed = int(patcher.partially_unload(patcher.offload_device, size, force_patch_weights=True))
+    place_anew(patcher)
     return freed
+
+
+@contextmanager
+def _patched_as_they_are(patcher: Any) -> Iterator[None]:
+    """While inside, a weight that the host patches anew off the device is the one that it patched there before, moved.
+
+    Another processor's arithmetic gives other last bits, and its random numbers round fp8 in another way.
+    """
+    backup, patch = dict(patcher.backup), patcher.patch_weight_to_device
+    there = {name: parameter for name, parameter in patcher.model.named_parameters()
+             if name in backup and not backup[name].inplace_update}
+
+    def move(key: str, *args: Any, **kwargs: Any) -> Any:
+        patched = there.pop(key, None)
+        if patched is None:
+            return patch(key, *args, **kwargs)
+        patcher.backup[key] = backup[key]
+        return comfy.utils.set_attr_param(patcher.model, key, patched.to(patcher.offload_device))
+
+    patcher.patch_weight_to_device = move
+    try:
+        yield
+    finally:
+        del patcher.patch_weight_to_device
 
 
 def place_anew(patcher: Any) -> None:

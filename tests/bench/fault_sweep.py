@@ -1,7 +1,7 @@
 """One failed allocation in a prompt, for each of its allocations in turn: what becomes of the prompt.
 
-Every prompt loads a text encoder, a diffusion model and a VAE onto the simulated accelerator, encodes text, samples, decodes and
-encodes. Two texts take turns, so that nothing comes from the cache of nodes.
+Every prompt loads a text encoder, a diffusion model and a VAE onto the simulated accelerator, encodes text, samples, decodes
+and encodes. Two texts take turns, so that nothing comes from the cache of nodes.
 """
 from __future__ import annotations
 

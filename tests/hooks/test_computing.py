@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
@@ -197,6 +198,15 @@ class TestGivingBack:
         assert patched.loaded_size() == 0
         assert patched.model.one.comfy_cast_weights
         assert patched.model.one.weight_function == []
+
+    def test_patched_weights_are_moved_and_not_computed_again(self, patched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Another processor would give other last bits. What the host does by itself is not changed for later."""
+        monkeypatch.setattr(comfy.lora, "calculate_weight", lambda *args, **kwargs: torch.zeros(64, 64))
+        give_back(patched, 1e30)
+        assert self.sums(patched) == [64 * 65, 64]
+        assert "patch_weight_to_device" not in vars(patched)
+        patched.partially_load(CPU, 1e32)
+        assert self.sums(patched) == [0, 64]
 
     def test_a_part_of_it(self, patched: Any) -> None:
         """No more than about what was asked for."""
