@@ -20,8 +20,8 @@ class Plugin:
         files = Path(__file__).parent / "settings.toml", self.folder / "settings.toml"
         self.settings = settings.Watch(files, policies.tables())
         self.tools = policies.Tools.make(self.host)
-        self.chain = PolicyChain(is_cancel=self.host.lifecycle.is_cancel)
-        self.registry = hooks.HookRegistry(hooks.all_hooks(self.tools.bank, self), self.chain.answer)
+        self.chain = PolicyChain(is_cancel=self.host.lifecycle.is_cancel, is_oom=self.host.memory.is_oom)
+        self.registry = hooks.HookRegistry(hooks.all_hooks(self.tools.bank, self), self.chain.answer, self.chain.is_oom)
         if not self.settings.now.enabled:
             return
         try:

@@ -104,6 +104,20 @@ class Memory:
         module: Any = torch.get_device_module(device)
         count = module.device_count() if hasattr(module, "device_count") else 1
         return [f"{device.type}:{index}" for index in range(count)]
+    def is_oom(self, error: BaseException) -> bool:
+        kind = comfy.model_management.OOM_EXCEPTION
+        if kind is Exception:  # a torch without one of its own: every error would be it
+            return False
+        known = getattr(comfy.model_management, "is_oom", None)
+        return bool(known(error)) if known is not None else isinstance(error, kind)
+
+    def free_others(self, device: str, module: torch.nn.Module) -> None:
+        loaded = comfy.model_management.current_loaded_models
+        needed = [one for one in loaded if one.currently_used or (one.model is not None and one.model.model is module)]
+        comfy.model_management.free_memory(1e30, torch.device(device), keep_loaded=needed)
+
+    def empty_cache(self) -> None:
+        comfy.model_management.soft_empty_cache()
 
     def can_pin(self) -> bool:
         return self.pinned()[1] > 0

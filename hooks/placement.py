@@ -86,9 +86,8 @@ def hooks(bank: Bank, stopwatch: Stopwatch) -> tuple[Hook, ...]:
     return (
         Hook(Seam("comfy.model_management", "load_models_gpu", ("models",)), PlaceModels,
              lambda call: PlaceModels(tuple(PatcherWeights(patcher) for patcher in call["models"])), report=stopwatch.add),
-        Hook(Seam("comfy.model_management", "LoadedModel.model_load", ("lowvram_model_memory",)), PlaceModel, place,
-             lambda request: {"lowvram_model_memory": 0 if request.more_bytes is None else request.more_bytes or 0.1},
-             report=placed),
+        Hook(Seam("comfy.model_management", "LoadedModel.model_load", ("lowvram_model_memory", "force_patch_weights")),
+             PlaceModel, place, _budget, report=placed),
         Hook(Seam("comfy.model_patcher", "ModelPatcher.load", ("device_to", "full_load")), MoveWeights,
              lambda call: MoveWeights(PatcherWeights(call.instance), call["device_to"], call["full_load"]),
              lambda request: {"full_load": request.whole}),
@@ -99,6 +98,12 @@ def hooks(bank: Bank, stopwatch: Stopwatch) -> tuple[Hook, ...]:
         Hook(Seam("comfy.utils", "copy_to_param", ("obj", "attr", "value")), WriteInPlace, _write),
         Hook(Seam("comfy.model_patcher", "ModelPatcher.patch_weight_to_device", ("key", "return_weight")), PatchWeight, _patch),
     )
+
+
+def _budget(request: PlaceModel) -> dict[str, Any]:
+    # Nothing is a tenth of a byte, as the host says it itself.
+    more = 0 if request.more_bytes is None else request.more_bytes or 0.1
+    return {"lowvram_model_memory": more, **({"force_patch_weights": True} if request.patch_all else {})}
 
 
 def _write(call: HostCall) -> WriteInPlace:

@@ -18,7 +18,7 @@ import wrapt
 from ..policies.requests import Request
 from ..telemetry import emit, log
 from .call import HostCall
-from .seam import Declined, Seam, Site
+from .seam import Absent, Declined, Seam, Site
 
 # wrapt keeps names with this prefix on the wrapper; any other would be set on the host's function.
 _MARK = "_self_residency_hook"
@@ -71,10 +71,12 @@ class HookRegistry:
     Args:
         hooks: in the order in which they are installed.
         answer: what to do with a request, given the host's own answer.
+        is_oom: tells that a device ran out of memory, after which the host may answer again where the request says so.
     """
 
-    def __init__(self, hooks: Iterable[Hook], answer: Answer) -> None:
-        self._answer = answer
+    def __init__(self, hooks: Iterable[Hook], answer: Answer,
+                 is_oom: Callable[[BaseException], bool] = lambda error: False) -> None:
+        self._answer, self._is_oom = answer, is_oom
         self._probing = False
         self.entries = {hook.name: Entry(hook) for hook in hooks}
 
@@ -142,7 +144,8 @@ class HookRegistry:
                 raise Declined("a second copy of this plugin wrapped it already; remove one folder from custom_nodes")
         except Declined as declined:
             entry.state, entry.reason = "declined", str(declined)
-            emit("hook.declined", hook=entry.hook.name, reason=entry.reason)
+            if not (entry.hook.seam.optional and isinstance(declined, Absent)):
+                emit("hook.declined", hook=entry.hook.name, reason=entry.reason)
             return
         entry.wrapper = wrapt.FunctionWrapper(site.original, self._intercept(entry), enabled=lambda: entry.armed)
         setattr(entry.wrapper, _MARK, True)
@@ -184,6 +187,8 @@ class HookRegistry:
                 return answer
             if request is None:
                 return call()
+            if request.repeats:
+                call.may_repeat(request.repeats, self._is_oom)
             started = time.perf_counter()
             answer = self._answer(request, lambda asked: self._host(entry, call, request, asked))
             if hook.report is not None:

@@ -17,6 +17,10 @@ class Declined(Exception):
     """Why a seam cannot be used here."""
 
 
+class Absent(Declined):
+    """There is no such function."""
+
+
 @dataclass(frozen=True)
 class Site:
     """Where a seam was found: the object that holds the attribute, its name, what was there, and its parameters."""
@@ -35,12 +39,14 @@ class Seam:
         path: a function, or `Class.method`.
         needs: parameters that we read or change by name.
         aliases: `module:name` of other places that hold the same function because they imported it by name.
+        optional: some versions of the host have no such function, and nothing is lost there.
     """
 
     module: str
     path: str
     needs: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
+    optional: bool = False
 
     @property
     def name(self) -> str:
@@ -64,7 +70,7 @@ class Seam:
         # vars, not getattr: an inherited method would be wrapped on the subclass, and removing that leaves a stray attribute.
         original = vars(owner).get(name)
         if not callable(original):
-            raise Declined(f"{self.module} has no {self.path} of its own")
+            raise Absent(f"{self.module} has no {self.path} of its own")
         try:
             signature = inspect.signature(original)
         except (TypeError, ValueError) as error:  # somebody put a compiled function there

@@ -13,6 +13,7 @@ from .gguf_weights import keeps_file_format
 from .gguf_weights.dense import DenseRoom
 from .kept import parts
 from .load_plan import LoadPlan
+from .shrinking import give_back, place_anew
 
 _PAGE = 32 * 2**20  # of dynamic VRAM
 
@@ -78,6 +79,12 @@ class PatcherWeights:
         # ComfyUI-GGUF and packs that began as copies of it ask this of their patcher, at each load and before page-locking.
         if hasattr(self._patcher, "mmap_released"):
             self._patcher.mmap_released = True
+
+    def give_back(self, size: float) -> int:
+        return give_back(self._patcher, size)
+
+    def place_anew(self) -> None:
+        place_anew(self._patcher)
 
     def size(self) -> int:
         """Bytes of all weights."""

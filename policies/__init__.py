@@ -18,7 +18,7 @@ from .host import Host
 from .memory import Ledger, Limits
 from .policy import Policy, Unfit
 
-_VOCABULARY = frozenset({"chain", "files", "host", "memory", "models", "policy", "requests", "weights"})
+_VOCABULARY = frozenset({"chain", "computing", "files", "host", "memory", "models", "policy", "requests", "weights"})
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from ..telemetry import emit, log
-from .policy import Decision, Effect, Policy, Refusal
+from .policy import Decision, Effect, OutOfMemory, Policy, Refusal
 from .requests import Request
 
 _acting: ContextVar[frozenset[str]] = ContextVar("residency_acting", default=frozenset())
@@ -23,16 +23,22 @@ class PolicyChain:
     Args:
         policies: in the order in which they are asked.
         is_cancel: tells the host's Cancel, which some hosts raise as an ordinary exception, from a policy's own failure.
+        is_oom: tells that a device ran out of memory.
     """
 
-    def __init__(self, policies: Iterable[Policy] = (),
-                 is_cancel: Callable[[BaseException], bool] = lambda error: False) -> None:
+    def __init__(self, policies: Iterable[Policy] = (), is_cancel: Callable[[BaseException], bool] = lambda error: False,
+                 is_oom: Callable[[BaseException], bool] = lambda error: False) -> None:
         self.policies = tuple(policies)
-        self._is_cancel = is_cancel
+        self._is_cancel, self._is_oom = is_cancel, is_oom
 
     def answer(self, request: Request, host: Host) -> Any:
-        """What the host's caller gets. `host` answers a request itself, and runs at most once."""
+        """What the host's caller gets. `host` answers a request itself, and runs at most once, or once more after each
+        out-of-memory of a request that repeats."""
         return self._ask(0, request, host)
+
+    def is_oom(self, error: BaseException) -> bool:
+        """Whether a device ran out of memory, so that what failed may be repeated."""
+        return isinstance(error, OutOfMemory) or self._is_oom(error)
 
     def wanted(self) -> frozenset[type[Request]]:
         """The kinds of request that some policy has an opinion on."""
@@ -100,7 +106,7 @@ class PolicyChain:
 
 
 class _Next:
-    """`proceed`: the next in line, who remembers whether it ran and what the host raised."""
+    """`proceed`: the next in line, who remembers whether it ran and what the host raised at last."""
 
     def __init__(self, chain: PolicyChain, first: int, request: Request, host: Host) -> None:
         self.request = request
@@ -108,11 +114,12 @@ class _Next:
         self.ran = False
         self.error: BaseException | None = None
         self._chain, self._first, self._host = chain, first, host
+        self._repeats = request.repeats
 
     def __call__(self, request: Request | None = None) -> Any:
         if self.ran:
-            raise RuntimeError("proceed may be called once")
-        self.ran = True
+            self._repeat()
+        self.ran, self.error = True, None
         token = _acting.set(self.acting)
         try:
             return self._chain._ask(self._first, request or self.request, self._host)
@@ -121,3 +128,8 @@ class _Next:
             raise
         finally:
             _acting.reset(token)
+
+    def _repeat(self) -> None:
+        if self._repeats == 0 or self.error is None or not self._chain.is_oom(self.error):
+            raise RuntimeError("proceed may be called once")
+        self._repeats -= 1

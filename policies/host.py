@@ -61,6 +61,15 @@ class Memory(Protocol):
     def devices(self) -> list[str]:
         """The accelerators of the kind that the host computes on, such as `cuda:0`; none on a CPU."""
 
+    def is_oom(self, error: BaseException) -> bool:
+        """Whether an error is a device's out-of-memory, as far as the host can tell one; the CPU's never is."""
+
+    def free_others(self, device: str, module: torch.nn.Module) -> None:
+        """Takes all models off a device but this one and those in use beside it."""
+
+    def empty_cache(self) -> None:
+        """The allocator gives what it holds free back to the device."""
+
     def can_pin(self) -> bool:
         """The host page-locks weights that stay off the device."""
 

@@ -8,14 +8,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+import torch
+
 from .requests import Request
 
 
 class Proceed(Protocol):
     """The answer of the next in line: the other policies, and at last the host.
 
-    Call it at most once. Pass an amended request (`dataclasses.replace`) to change what the next in line is asked; the
-    hook translates the change back into the host's arguments.
+    Call it at most once; once more after the device ran out of memory, if the request `repeats`. Pass an amended request
+    (`dataclasses.replace`) to change what the next in line is asked; the hook translates the change back into the host's
+    arguments.
     """
 
     def __call__(self, request: Request | None = None) -> Any: ...
@@ -39,6 +42,10 @@ class Refusal(RuntimeError):
 
     The one error of a policy that is not answered by the host instead.
     """
+
+
+class OutOfMemory(Refusal, torch.cuda.OutOfMemoryError):
+    """A device's memory ran out, and the host is about to go on in another way. It is torch's own to the host too."""
 
 
 @dataclass(frozen=True)

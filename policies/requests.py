@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -15,9 +15,14 @@ from .weights import Weights
 
 
 class Request:
-    """The base of all requests: something the host is about to do."""
+    """The base of all requests: something the host is about to do.
+
+    Attributes:
+        repeats: how often the host may be asked again, each time after its device ran out of memory.
+    """
 
     __slots__ = ()
+    repeats: ClassVar[int] = 0
 
 
 @dataclass(frozen=True)
@@ -119,11 +124,15 @@ class PlaceModel(Request):
     Attributes:
         more_bytes: device memory that its weights may take beside what they have there, negative where they should give some
             back; None is no limit.
+        patch_all: LoRA go into the weights that stay off the device too, as they go into those on it; else they are added at
+            each use, which rounds differently.
     """
 
+    repeats = 2
     weights: Weights
     device: torch.device
     more_bytes: float | None
+    patch_all: bool = False
 
 
 @dataclass(frozen=True)

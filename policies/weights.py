@@ -45,6 +45,15 @@ class Weights(Protocol):
     def patched(self) -> set[str]:
         """Names that a LoRA, a merge or a hook will change."""
 
+    def give_back(self, size: float) -> int:
+        """While the model is in use the host takes weights of about `size` bytes off the device, and streams them from then on.
+
+        The numbers that it computes with stay the same, LoRA included. Returns the bytes; 0 where the model cannot stream.
+        """
+
+    def place_anew(self) -> None:
+        """The next placing undoes all LoRA and starts with nothing on the device: some weights off it are patched now."""
+
     def load_device(self) -> str:
         """The device that the model runs on."""
 

@@ -54,6 +54,8 @@ NAMES = frozenset({
     "donors.refused",       # model, device, bytes that stay in RAM, reason
     "donors.left",          # device, bytes, seconds, reason
     "pin.failed",           # model, bytes, reason
+    "rescue.repeated",      # what, model, attempt, freed_bytes, seconds to free them, error: a device had run out of memory
+    "rescue.failed",        # what, model, attempts, freed_bytes, error: repeating did not help
     "memory.freed",         # device, wanted_bytes, models, seconds
     "memory.emptied",       # seconds
     "prompt.finished",      # prompt, ok, seconds, placing_seconds, read_bytes, private_bytes, file_bytes,

@@ -16,7 +16,7 @@ Record = Mapping[str, Any]
 # What a user may have to act on.
 _TROUBLE = frozenset({"hook.declined", "hook.shadowed", "hook.retired", "hook.failed", "policy.declined", "policy.ineffective",
                       "policy.failed", "file.changed", "file.unreadable", "cache.skipped", "split.insufficient",
-                      "donors.refused", "pin.failed"})
+                      "donors.refused", "pin.failed", "rescue.failed"})
 
 
 class Table(NamedTuple):
@@ -95,6 +95,21 @@ class _Kept:
         return str(self.hits), str(self.misses), f"{self.seconds:.2f}", str(self.evicted), self.why
 
 
+@dataclass
+class _Repeated:
+    times: int = 0
+    freed_bytes: float = 0
+    seconds: float = 0
+
+    def add(self, event: Record) -> None:
+        self.times += 1
+        self.freed_bytes += _number(event, "freed_bytes")
+        self.seconds += _number(event, "seconds")
+
+    def cells(self) -> Row:
+        return str(self.times), f"{self.freed_bytes / MB:.0f}", f"{self.seconds:.2f}"
+
+
 class Report:
     """What happened, added up.
 
@@ -111,6 +126,7 @@ class Report:
         self._kept: dict[str, _Kept] = {}
         self._gguf: dict[str, Record] = {}
         self._splits: dict[Row, Record] = {}
+        self._repeated: dict[tuple[str, str], _Repeated] = {}
         self._restored_bytes = self._copied_bytes = self._dense_bytes = self._dense_seconds = 0.0
         self._trouble: Counter[Row] = Counter()
         for event in events:
@@ -136,6 +152,8 @@ class Report:
             self._dense_seconds += _number(event, "seconds")
         elif name in ("cache.hit", "cache.miss", "cache.evicted"):
             self._kept.setdefault(_text(event, "model"), _Kept()).add(event)
+        elif name == "rescue.repeated":
+            self._repeated.setdefault((_text(event, "what"), _text(event, "model")), _Repeated()).add(event)
         elif name == "weights.restored":
             self._restored_bytes += _number(event, "bytes")
             self._copied_bytes += _number(event, "copied_bytes")
@@ -145,7 +163,7 @@ class Report:
             self._trouble[name, about, why] += 1
 
     def tables(self) -> list[Table]:
-        """Prompts, models, their last splits, files, GGUF files, kept loads, what a user may have to act on, totals."""
+        """Prompts, models, their last splits, files, GGUF files, kept loads, what was repeated, what to act on, totals."""
         return [
             self._prompt_table(),
             Table(("model", "placed", "seconds", "device MB", "mapped MB", "host MB", "released", "released MB", "seconds"),
@@ -162,6 +180,8 @@ class Report:
                    for name, event in self._gguf.items()]),
             Table(("kept", "hits", "misses", "seconds of hits", "evicted", "why it missed or left last"),
                   [(name, *kept.cells()) for name, kept in self._kept.items()]),
+            Table(("out of memory in", "model", "repeated", "freed MB", "seconds to free"),
+                  [(*key, *repeated.cells()) for key, repeated in self._repeated.items()]),
             Table(("event", "about", "times", "why"),
                   [(name, about, str(times), why) for (name, about, why), times in self._trouble.items()]),
             self._totals(),

@@ -11,7 +11,9 @@ from ..policy import Decision, Effect, Policy, Proceed
 from ..requests import FreeMemory, LoadModel, MoveWeights, PinMemory, PinWeight, PlaceModel, PlaceModels, Request
 from .choosing import Chooser
 from .donors import Donors
+from .headroom import Headroom
 from .pinning import Pinning
+from .rescue import Rescue
 from .settings import Settings
 from .split import Splitter
 
@@ -35,9 +37,13 @@ class HybridSplit(Policy):
         self.settings: Settings = settings
         chooser = Chooser(settings, tools)
         self._donors, self._pinning = Donors(tools), Pinning(tools)
-        self._splitter = Splitter(settings, tools, chooser, self._donors)
-        self._rules: dict[type[Request], Any] = {PlaceModel: self._splitter.place, PinWeight: self._pin,
+        self._rescue = Rescue(tools) if settings.rescue else None
+        self._splitter = Splitter(settings, tools, chooser, self._donors,
+                                  self._rescue.headroom if self._rescue else Headroom())
+        self._rules: dict[type[Request], Any] = {PlaceModel: self._place, PinWeight: self._pin,
                                                  PinMemory: self._pinning.memory}
+        if self._rescue:
+            self._rules |= self._rescue.rules
         if settings.rules or settings.devices:
             self._rules |= {LoadModel: chooser.load, MoveWeights: self._splitter.move,
                             PlaceModels: self._splitter.place_models, FreeMemory: self._free}
@@ -52,8 +58,21 @@ class HybridSplit(Policy):
         self._pinning.prompt_ended()
         return self._splitter.take_effect()
 
+    def emptied(self) -> None:
+        if self._rescue:
+            self._rescue.headroom.clear()
+
     def close(self) -> None:
         self._donors.close()
+
+    def _place(self, request: PlaceModel) -> Decision | None:
+        """The budget by what is stated; and if that was too much, by what was learned."""
+        split, rescue = self._splitter.place(request), self._rescue
+        if rescue is None or request.device.type == "cpu":
+            return split
+        if split is None:
+            return rescue.place(request)
+        return Decision("", lambda proceed: split.act(lambda asked=None: rescue.load(asked or request, proceed)))
 
     def _free(self, request: FreeMemory) -> Decision:
         """Less room where a limit needs less, and what is lent there leaves before the host's models do."""

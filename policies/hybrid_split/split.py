@@ -20,6 +20,7 @@ from . import budget, rules
 from .allocation import RAM, Allocation
 from .choosing import Chooser
 from .donors import Donors
+from .headroom import Headroom
 from .settings import Rule, Settings
 
 if TYPE_CHECKING:
@@ -54,13 +55,13 @@ class Splitter:
     """Decides on `PlaceModel`, and on `PlaceModels` and `FreeMemory` for models with a limit of their own.
 
     Args:
-        reserve_of: bytes that a model needed beside ComfyUI's figure when it ran out of memory.
+        headroom: what models gave back when they ran out of memory.
     """
 
     def __init__(self, settings: Settings, tools: Tools, chooser: Chooser, donors: Donors,
-                 reserve_of: Callable[[torch.nn.Module], int] = lambda module: 0) -> None:
+                 headroom: Headroom) -> None:
         self._settings, self._tools, self._chooser, self._donors = settings, tools, chooser, donors
-        self._reserve_of = reserve_of
+        self._headroom = headroom
         self._told: WeakKeyDictionary[torch.nn.Module, tuple[Any, ...]] = WeakKeyDictionary()
         self._given_up: WeakSet[torch.nn.Module] = WeakSet()
         self._effect: Effect | None = None
@@ -80,9 +81,10 @@ class Splitter:
 
     def _choose(self, request: PlaceModel, rule: Rule | None) -> Choice:
         weights, device = request.weights, str(request.device)
-        limit = self._limit(rule, weights)
+        limit, reserve = self._limit(rule, weights), self._headroom.reserve_of(weights.module)
         if limit is not None:
-            return Choice("the rule's" if rule is not None else "that of hybrid_split.devices", limit=limit)
+            figure = "the rule's" if rule is not None else "that of hybrid_split.devices"
+            return Choice(figure, limit=max(0, min(limit, weights.size()) - reserve))
         if rule is not None and rule.residency == "device":
             return Choice("the rule's")
         factor = self._settings.conservative_factor if rule is None or isinstance(rule.conservative_factor, str) \
@@ -91,10 +93,10 @@ class Splitter:
             memory = self._tools.host.memory
             free = memory.free_bytes(device) + weights.on_device()
             total = budget.conservative(memory.total_bytes(device), free, self._settings.overhead_percent, factor)
-            return Choice("conservative", total=total)
+            return Choice("conservative", total=max(0, total - reserve))
         assert request.more_bytes is not None
-        stock, reserve = weights.on_device() + request.more_bytes, self._reserve_of(weights.module)
-        return Choice("ComfyUI's, less what it lacked before", total=stock - reserve) if reserve \
+        stock = weights.on_device() + request.more_bytes
+        return Choice("ComfyUI's, less what it lacked before", total=max(0, stock - reserve)) if reserve \
             else Choice("ComfyUI's", total=stock, ours=False)
 
     def _limit(self, rule: Rule | None, weights: Weights) -> int | None:
@@ -113,12 +115,13 @@ class Splitter:
             more = self._more(weights, choice)
         predicted = weights.size() if more is None else weights.foreseen(more, split)
         self._tell(request, rule, choice, predicted)
-        token = _split.set(weights.module if split else None)
+        token, reserve = _split.set(weights.module if split else None), self._headroom.reserve_of(weights.module)
         try:
             answer = self._lend(request, choice, lambda: proceed(dataclasses.replace(request, more_bytes=more)))
         finally:
             _split.reset(token)
-        self._check(weights, str(request.device), predicted, choice)
+        if self._headroom.reserve_of(weights.module) == reserve:  # it did not run out of memory
+            self._check(weights, str(request.device), predicted, choice)
         return answer
 
     def _lend(self, request: PlaceModel, choice: Choice, proceed: Callable[[], Any]) -> Any:

@@ -206,6 +206,18 @@ def split() -> None:
     split.run(COMFYUI, MODELS, torch.cuda.is_available())
 
 
+def faults() -> None:
+    """A device that runs out of memory, at each allocation of a prompt in turn."""
+    import fault_sweep
+
+    if no_simulated_npu():
+        print(f"\nskipped, {no_simulated_npu()}: faults")
+        return
+    build_simulated_npu()
+    make_models(COMFYUI, MODELS, ("diffusion_models/flux_a", "loras/flux_one", "text_encoders/clip_l", "vae/taesd"))
+    fault_sweep.run(COMFYUI, MODELS)
+
+
 def hook() -> None:
     """One intercepted call, on a function that does nothing."""
     from hook_cost import microseconds
@@ -215,10 +227,11 @@ def hook() -> None:
 
 BENCHES: dict[str, Callable[[], None]] = {
     "hook": hook, "load": load, "overhead": overhead, "swap": swap, "partial": partial, "split": split, "switch": switch,
-    "start": start, "gguf": gguf, "gpu": gpu}
+    "start": start, "gguf": gguf, "gpu": gpu, "faults": faults}
+LEFT_OUT = {"faults"} if torch.cuda.is_available() else {"faults", "gpu"}  # an hour; a card
 
 if __name__ == "__main__":
-    chosen = sys.argv[1:] or [name for name in BENCHES if name != "gpu" or torch.cuda.is_available()]
+    chosen = sys.argv[1:] or [name for name in BENCHES if name not in LEFT_OUT]
     unknown = [name for name in chosen if name not in BENCHES]
     if unknown:
         sys.exit(f"no benchmark {', '.join(unknown)}; there are {', '.join(BENCHES)}")

@@ -25,7 +25,7 @@ class Listener:
     def prompt_starts(self) -> None: ...
 
 
-SEAMS = [hook.seam for hook in all_hooks(Bank(), Listener()) if hook.seam.module.split(".")[0] != "torch"]
+SEAMS = [hook.seam for hook in all_hooks(Bank(), Listener()) if hook.seam.module.split(".")[0] not in ("torch", "logging")]
 FUNCTIONS = {seam.path: seam for seam in SEAMS if "." not in seam.path}
 METHODS = {seam.path: seam for seam in SEAMS if "." in seam.path}
 
@@ -33,6 +33,8 @@ METHODS = {seam.path: seam for seam in SEAMS if "." in seam.path}
 COPIES_THAT_DO_NOT_MATTER: dict[str, str] = {}
 # Functions that the host keeps with a model, to load it once more (`cached_patcher_init`): `hooks.kept.Reload` minds them.
 FACTORIES = {"comfy.sd load_diffusion_model", "comfy.sd load_checkpoint_guess_config"}
+# Functions that the host hands to an executor of wrappers at each call, by the name that is hooked.
+EXECUTED = {"comfy.samplers _calc_cond_batch"}
 # Classes of the host that override a hooked method, and which; the hook does not see their calls unless they call `super()`.
 OVERRIDES = {
     "comfy.model_patcher:ModelPatcherDynamic": {"load", "partially_unload", "pin_weight_to_device", "unpatch_model"},
@@ -42,12 +44,14 @@ ATTRIBUTES = {
     ("comfy.model_patcher", "ModelPatcher"): (
         "model", "backup", "hook_backup", "hook_patches", "patches", "load_device", "offload_device", "pinned",
         "is_dynamic", "model_size", "loaded_size", "patches_uuid", "cached_patcher_init", "is_clip", "model_patches_to",
-        "clone", "unpin_weight"),
+        "clone", "unpin_weight", "partially_unload", "partially_load", "unpatch_hooks"),
     ("comfy.sd", "VAE"): ("patcher", "first_stage_model", "device"),
     ("comfy.sd", "CLIP"): ("patcher", "clone"),
     ("nodes", "VAELoader"): ("image_taes", "video_taes", "vae_list"),
     ("comfy.ops", "disable_weight_init"): ("Linear", "Embedding"),
-    ("comfy.model_management", "LoadedModel"): ("model", "device"),
+    ("comfy.model_management", "LoadedModel"): ("model", "device", "currently_used"),
+    ("comfy.samplers", "CFGGuider"): ("model_patcher",),
+    ("comfy.model_base", "BaseModel"): ("current_patcher",),
     ("comfy.ops", "CastWeightBiasOp"): ("comfy_cast_weights",),
     ("execution", "PromptExecutor"): ("success", "reset", "caches"),
 }
@@ -140,9 +144,23 @@ def tree(request: pytest.FixtureRequest) -> Tree:
 @pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: seam.name)
 def test_every_seam_is_in_every_version(tree: Tree, seam: Seam) -> None:
     """The function is defined where the seam looks, with every parameter that its hook uses by name."""
-    found = parameters(tree.find(seam.module, seam.path))
+    node = tree.find(seam.module, seam.path)
+    if seam.optional and node is None:
+        return
+    found = parameters(node)
 
     assert [need for need in seam.needs if need not in found] == []
+
+
+def test_an_optional_seam_is_in_some_version_and_not_in_another() -> None:
+    """In none it is a leftover or a typo, in all it is not optional."""
+    trees = [Tree(TREES / version) for version in VERSIONS if (TREES / version).is_dir()]
+    if len(trees) < len(VERSIONS):
+        pytest.skip(f"not all supported versions are in {TREES}")
+
+    for seam in SEAMS:
+        if seam.optional:
+            assert {tree.find(seam.module, seam.path) is None for tree in trees} == {True, False}
 
 
 def imported_from(node: ast.ImportFrom, module: str, is_package: bool) -> str:
@@ -197,7 +215,7 @@ def test_no_hooked_function_is_kept_as_a_value(tree: Tree) -> None:
             if seam is not None and (owner[-1:] == seam.module.split(".")[-1:] or (not owner and module == seam.module)):
                 kept.add(f"{module} {name}")
 
-    assert kept <= FACTORIES
+    assert kept <= FACTORIES | EXECUTED
 
 
 def test_every_override_of_a_hooked_method_is_known(tree: Tree) -> None:
@@ -221,7 +239,7 @@ def test_every_override_of_a_hooked_method_is_known(tree: Tree) -> None:
 
 
 # What older versions lack, and the hooks do without.
-ABSENT = {"0.16.3": {("comfy.memory_management", "TensorFileSlice")}}
+ABSENT = {"0.16.3": {("comfy.memory_management", "TensorFileSlice"), ("comfy.model_management", "is_oom")}}
 
 
 def relied_on() -> set[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """The host's own answer: bound by name, run once, its errors untouched."""
 from __future__ import annotations
 
+import contextlib
 import inspect
 from typing import Any
 
@@ -120,3 +121,43 @@ def test_keeps_the_instance_of_a_method() -> None:
     instance = object()
 
     assert instance is HostCall(Read(), instance, (), {}, inspect.signature(signature)).instance
+
+
+def full(error: BaseException) -> bool:
+    return isinstance(error, MemoryError)
+
+
+class TestRepeating:
+    def test_runs_again_after_an_error_of_that_kind(self) -> None:
+        """As often as was said, and not once more."""
+        read = Read(MemoryError())
+        call = read.called_with("a")
+        call.may_repeat(1, full)
+        for _ in range(2):
+            with pytest.raises(MemoryError):
+                call()
+        with pytest.raises(RuntimeError, match="once"):
+            call()
+        assert 2 == len(read.calls)
+
+    @pytest.mark.parametrize("outcome", ["weights", OSError("gone"), KeyboardInterrupt()], ids=repr)
+    def test_not_after_an_answer_or_another_error(self, outcome: Any) -> None:
+        """What did something is not done twice."""
+        read = Read(outcome)
+        call = read.called_with("a")
+        call.may_repeat(2, full)
+        with contextlib.suppress(OSError, KeyboardInterrupt):
+            call()
+        with pytest.raises(RuntimeError, match="once"):
+            call()
+        assert 1 == len(read.calls)
+
+    def test_changes_of_one_run_are_not_those_of_the_next(self) -> None:
+        """Each starts with what the caller gave."""
+        read = Read(MemoryError())
+        call = read.called_with("a")
+        call.may_repeat(2, full)
+        for changes in ({"device": "cuda"}, {"keep": True}, {}):
+            with pytest.raises(MemoryError):
+                call(**changes)
+        assert [(("a", "cuda"), {"keep": False}), (("a", None), {"keep": True}), (("a",), {})] == read.calls

@@ -223,6 +223,9 @@ class TestInstalling:
 
         assert "declined" == state(registry)
         assert subject.now is None
+        if subject.hook.seam.optional:  # older hosts have none, which is no news
+            assert ring.named("hook.declined") == []
+            return
         (event,) = ring.named("hook.declined")
         assert subject.name == event.fields["hook"]
         assert "of its own" in event.fields["reason"]

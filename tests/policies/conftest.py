@@ -62,12 +62,14 @@ class FakeFormats:
 
 
 class FakeMemory:
-    """Whether the host pins, what it has pinned and may pin at most, and what is free on every device."""
+    """Whether the host pins, what it has pinned and may pin at most, and what is free on every device; `others` is for whom the
+    others had to leave."""
 
     def __init__(self) -> None:
         self.pins, self.free, self.total = True, 2**30, 2**31
         self.accelerators = ["cuda:0"]
         self.pinned_now, self.pinned_most = 0, 2**40
+        self.others: list[tuple[str, torch.nn.Module]] = []
 
     def free_bytes(self, device: str) -> int:
         return self.free
@@ -77,6 +79,14 @@ class FakeMemory:
 
     def devices(self) -> list[str]:
         return self.accelerators
+
+    def is_oom(self, error: BaseException) -> bool:
+        return isinstance(error, torch.OutOfMemoryError)
+
+    def free_others(self, device: str, module: torch.nn.Module) -> None:
+        self.others.append((device, module))
+
+    def empty_cache(self) -> None: ...
 
     def can_pin(self) -> bool:
         return self.pins

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from residency import telemetry
 from residency.policies.chain import PolicyChain
-from residency.policies.policy import Decision, Effect, Policy, Proceed, Refusal
+from residency.policies.policy import Decision, Effect, OutOfMemory, Policy, Proceed, Refusal
 from residency.policies.requests import EmptyMemory, Request
 from residency.telemetry.sinks import Ring
 
@@ -369,3 +369,91 @@ def test_whatever_policies_do_the_host_runs_once_and_its_answer_survives(behavio
     reached = [index for index, kind in enumerate(behaviours) if "before" in kind or "decide" in kind]
     assert set(reached) <= set(failed)
     assert len(failed) == len(set(failed))
+
+
+class Repeatable(Question):
+    """One that the host may be asked again."""
+
+    repeats = 2
+
+
+class DeviceFull(RuntimeError):
+    """As torch's own."""
+
+
+def full(error: BaseException) -> bool:
+    return isinstance(error, DeviceFull)
+
+
+def tries(times: int, request: Request | None = None) -> Act:
+    """Asks so many times, and lets go of every error but the last."""
+    def act(proceed: Proceed) -> Any:
+        for _ in range(times - 1):
+            try:
+                return proceed(request)
+            except RuntimeError:
+                pass
+        return proceed(request)
+    return act
+
+
+def repeating(policy_tries: int, request: Request, *errors: BaseException) -> tuple[Any, Host, BaseException | None]:
+    """(answer, host, error) of a policy that tries so often, of a host that fails so."""
+    pending = list(errors)
+
+    def answer(_: Request) -> str:
+        if pending:
+            raise pending.pop(0)
+        return "host"
+
+    policy, host = Opinion("tries", tries(policy_tries)), Host(answer)
+    policy.answers = frozenset({Question, Repeatable})
+    try:
+        return PolicyChain([policy], is_oom=full).answer(request, host), host, None
+    except RuntimeError as error:
+        return None, host, error
+
+
+def test_the_host_is_asked_again_after_its_out_of_memory() -> None:
+    """As often as the request says."""
+    answer, host, _ = repeating(3, Repeatable(), DeviceFull("1"), DeviceFull("2"))
+    assert (answer, len(host.requests)) == ("host", 3)
+
+
+def test_it_is_not_asked_once_more_than_the_request_says(ring: Ring) -> None:
+    """A policy that goes on is stopped."""
+    _, host, error = repeating(5, Repeatable(), *(DeviceFull(str(number)) for number in range(9)))
+    assert len(host.requests) == 3
+    assert "once" in str(error)
+
+
+@pytest.mark.parametrize(("request_", "error"), [(Repeatable(), RuntimeError("shapes")), (Question(), DeviceFull("1"))])
+def test_no_other_request_and_no_other_error_is_repeated(request_: Request, error: BaseException) -> None:
+    """The host runs once."""
+    _, host, found = repeating(2, request_, error)
+    assert len(host.requests) == 1
+    assert "once" in str(found)
+
+
+def test_a_refusal_for_lack_of_memory_counts_as_the_hosts() -> None:
+    """The host never raised, and would have gone on in another way."""
+    answer, host, _ = repeating(2, Repeatable(), OutOfMemory("tiles"))
+    assert (answer, len(host.requests)) == ("host", 2)
+
+
+def test_the_last_error_of_the_host_goes_up_as_the_same_object(ring: Ring) -> None:
+    """And nobody is blamed for it."""
+    errors = [DeviceFull(str(number)) for number in range(3)]
+    _, _, found = repeating(3, Repeatable(), *errors)
+    assert found is errors[2]
+    assert ring.named("policy.failed") == []
+
+
+def test_those_behind_are_asked_at_each_attempt() -> None:
+    """They may answer otherwise, now that there is more room."""
+    host = Host(raises(DeviceFull("full")))
+    first, second = Opinion("first", tries(2)), Opinion("second", lambda proceed: proceed())
+    first.answers = second.answers = frozenset({Repeatable})
+    with pytest.raises(DeviceFull):
+        PolicyChain([first, second], is_oom=full).answer(Repeatable(), host)
+    assert (len(second.asked), len(host.requests)) == (2, 2)

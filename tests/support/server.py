@@ -57,11 +57,12 @@ class Server:
             self.port = free.getsockname()[1]
         # Threads that spin while they wait for each other take ten times as long as soon as somebody else wants a core.
         variables = {**os.environ, "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE", **(env or {})}
-        self._stats_file = base / "stats.json"
+        self._stats_file, self._trouble_file = base / "stats.json", base / "trouble.json"
         if device_args is None:
             device_args = ["--cpu"] if device_mb is None else DYNAMIC_VRAM if dynamic_vram else []
         if device_mb is not None:
             variables |= {"SIMNPU_MB": str(device_mb), "SIMNPU_STATS": str(self._stats_file),
+                          "SIMNPU_TROUBLE": str(self._trouble_file),
                           "PYTHONPATH": os.pathsep.join([str(SIMULATED_NPU), *([str(SIMULATED_AIMDO)] if dynamic_vram else []),
                                                          os.environ.get("PYTHONPATH", "")])}
         self.simulated, self.dynamic_vram = device_mb is not None, dynamic_vram
@@ -150,9 +151,16 @@ class Server:
     def interrupt(self) -> None:
         self._post("/interrupt", {})
 
-    def free(self) -> None:
-        """`POST /free` with both flags."""
-        self._post("/free", {"unload_models": True, "free_memory": True})
+    def free(self, memory: bool = True) -> None:
+        """`POST /free`, with both flags or only for the models on the device."""
+        self._post("/free", {"unload_models": True, "free_memory": memory})
+
+    def settings(self, text: str) -> None:
+        """Changes the user's settings, from the next prompt on."""
+        file = self.base / "user" / "residency" / "settings.toml"
+        before = file.stat().st_mtime_ns
+        file.write_text(text)
+        os.utime(file, ns=(before + 10**9, before + 10**9))
 
     def choices(self, kind: str, option: str) -> list[str]:
         """The file names that a node offers."""
@@ -178,11 +186,25 @@ class Server:
         return [(node["kind"], node["seconds"]) for node in ran
                 if node["prompt"] == ran[-1]["prompt"] and "Loader" in node["kind"] and "Lora" not in node["kind"]]
 
+    def fail(self, at: int, on: bool = False) -> None:
+        """The simulated accelerator runs out of memory at an allocation from now, once, or from there `on`; -1 is never."""
+        self._trouble(fail_at=at, on=on)
+
+    def shrink(self, device_mb: float) -> None:
+        """Somebody else takes memory of the simulated accelerator, or gives it back."""
+        self._trouble(capacity_mb=device_mb)
+
+    def _trouble(self, **trouble: float) -> None:
+        self._trouble_file.write_text(json.dumps(trouble))
+        self.process.send_signal(signal.SIGUSR1)
+        self.device()  # signals are taken in the order of their numbers
+
     def device(self) -> dict[str, int]:
-        """The simulated accelerators' counters, in bytes."""
+        """The simulated accelerators' counters, in bytes, and of their allocations."""
         stats = self._stats()
         return {"held": sum(stats["held"]), "to_device": stats["h2d_bytes"], "to_host": stats["d2h_bytes"],
-                "within": stats["d2d_bytes"], "from_file": stats["file_to_device_bytes"]}
+                "within": stats["d2d_bytes"], "from_file": stats["file_to_device_bytes"],
+                "used": sum(stats["used"]), "allocations": stats["allocs"], "ooms": stats["ooms"], "armed": stats["armed"]}
 
     def used(self) -> list[int]:
         """Bytes that are allocated on each simulated accelerator."""

@@ -49,6 +49,11 @@ kept     hits  misses  seconds of hits  evicted  why it missed or left last
 a.sft       2       1             0.50        1  over the budget
 new.sft     0       1             0.00        0  not loaded before
 
+out of memory in  model  repeated  freed MB  seconds to free
+----------------  -----  --------  --------  ---------------
+a sampling step   Flux          2       900             0.75
+loading           Flux          1         0             0.25
+
 event               about                                   times  why
 ------------------  --------------------------------------  -----  -------------------------------------
 hook.declined       comfy.utils.load_torch_file                 1  the host has no parameter 'ckpt'
@@ -60,6 +65,7 @@ policy.ineffective  zero_copy                                   1  Flux copies i
 policy.failed       zero_copy                                   1  RuntimeError: Error(s): size mismatch
 file.changed        big_flux.safetensors                        1  it was overwritten
 cache.skipped       main model                                  1  there is no 'a'
+rescue.failed       Flux                                        1  NPU out of memory
 
 total
 ---------------------------  ----
@@ -132,6 +138,15 @@ def emit_trouble() -> None:
     emit("policy.failed", policy="zero_copy", request="FillModule", error="RuntimeError: Error(s):\n\tsize mismatch")
     emit("file.changed", file="big_flux.safetensors", reason="it was overwritten")
     emit("cache.skipped", model="main model", reason="there is no 'a'")
+    emit("rescue.failed", what="sampling", model="Flux", attempts=5, freed_bytes=900 * MB, error="NPU out of memory")
+
+
+def emit_repeated() -> None:
+    """Two repeats of a step, and one of a load."""
+    for attempt in (1, 2):
+        emit("rescue.repeated", what="a sampling step", model="Flux", attempt=attempt, freed_bytes=450 * MB, seconds=0.375,
+             error="out of memory")
+    emit("rescue.repeated", what="loading", model="Flux", attempt=1, freed_bytes=0, seconds=0.25, error="out of memory")
 
 
 def emit_prompts() -> None:
@@ -152,6 +167,7 @@ def test_tables_are_aligned_and_complete(file: Path, capsys: pytest.CaptureFixtu
     emit_weights()
     emit_trouble()
     emit_kept()
+    emit_repeated()
     emit_prompts()
     assert main(["report", str(file)]) == 0
     assert capsys.readouterr().out == EXPECTED

@@ -34,6 +34,9 @@ class Weights:
     def on_device(self) -> int:
         return self.held
 
+    def patched(self) -> set[str]:
+        return set()
+
     def load_device(self) -> str:
         return "cuda:0"
 
@@ -252,3 +255,18 @@ def test_a_rule_moves_a_model_to_a_device_that_exists(tools: Any, ring: Ring) ->
             assert policy.decide(request).act(lambda: "answer") == "answer"
     assert moved == ["cpu", "cpu"]
     assert [event.fields["policy"] for event in ring.named("policy.declined")] == ["hybrid_split, device cuda:5"]
+
+
+@pytest.mark.parametrize(("settings", "held"), [({}, 37 - 10), ({"rules": (Rule(device_gb=20 / 1024),)}, 20 - 10)])
+def test_what_a_model_gave_back_when_memory_ran_out_comes_off_every_budget(place: Any, tools: Any, ring: Ring,
+                                                                          settings: dict[str, Any], held: int) -> None:
+    """ComfyUI's own and a stated one, until the user frees all memory."""
+    weights, policy = Weights(), HybridSplit(Settings(**settings), tools)
+    assert policy._rescue is not None
+    policy._rescue.headroom.add(weights, 10 * MB)
+    place(weights, policy)
+    assert weights.held == held * MB
+    policy.emptied()
+    weights.held = 0
+    place(weights, policy)
+    assert weights.held == (held + 10) * MB
