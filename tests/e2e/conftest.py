@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import COMFYUI, TREES
 from support.fixtures import build_simulated_npu, make_models, no_simulated_npu
-from support.server import GGUF_NODES, TESTING_NODES, Server
+from support.server import GGUF_NODES, MB, TESTING_NODES, Server
 from support.workflows import Workflow
 
 MODELS = (
@@ -87,6 +87,15 @@ def wait_for(true: Callable[[], bool], seconds: float = 20) -> None:
     while not true():
         assert time.monotonic() < end, "it did not come true"
         time.sleep(0.05)
+
+
+def empty(server: Server) -> None:
+    """`POST /free` until the simulated devices are empty: ComfyUI misses one that comes just when it ended a prompt."""
+    def freed() -> bool:
+        server.free()
+        return sum(server.used()) < MB
+
+    wait_for(freed)
 
 
 @contextmanager
