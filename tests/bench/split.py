@@ -20,7 +20,7 @@ from support.server import MB, Server
 from table import show
 
 OFFLOADED = (0, 25, 50, 75, 100)  # per cent of the weights
-SHORT, LONG, TIMES = 2, 8, 3
+SHORT, LONG, TIMES = 1, 5, 2
 KEPT_FREE = int(0.8 * 2**30) + 400 * MB  # what ComfyUI leaves beside a model's weights
 HEAD = ("offloaded", "MB", "alone", "plugin", "ratio")
 
@@ -67,7 +67,7 @@ class Bench:
     @contextmanager
     def server(self, plugin: bool, budget: int | None = None) -> Iterator[Server]:
         """ComfyUI whose own estimate gives a model `budget` bytes, or all that there is."""
-        env = {"OMP_NUM_THREADS": "1", "SIMNPU_DEVICES": str(self.devices)}
+        env = {"OMP_NUM_THREADS": "2", "SIMNPU_DEVICES": str(self.devices)}
         if self.gpu:
             reserve = [] if budget is None else ["--reserve-vram", f"{(self.free - 0.8 * 2**30 - budget) / 2**30:.3f}"]
             options = {"device_args": ["--disable-dynamic-vram", *reserve]}

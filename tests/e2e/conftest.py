@@ -7,7 +7,7 @@ import shutil
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import COMFYUI, TREES
 from support.fixtures import build_simulated_npu, make_models, no_simulated_npu
-from support.server import GGUF_NODES, NODE_CLOCK, TESTING_NODES, Server
+from support.server import GGUF_NODES, MB, NODE_CLOCK, TESTING_NODES, Server
 from support.workflows import Workflow
 
 MODELS = (
@@ -134,6 +134,15 @@ def own_model(models: Path) -> Iterator[Callable[[str, str], Path]]:
     yield copy
     for file in made:
         file.unlink(missing_ok=True)
+
+
+def empty(server: Server) -> None:
+    """`POST /free` until the simulated devices are empty: ComfyUI misses one that comes just when it ended a prompt."""
+    for _ in range(5):
+        server.free()  # one at a time: one that is late would empty the next prompt's devices
+        with suppress(AssertionError):
+            return wait_for(lambda: sum(server.used()) < MB, 5)
+    raise AssertionError("the devices were not emptied")
 
 
 @contextmanager

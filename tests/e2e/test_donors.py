@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import COMFYUI
-from e2e.conftest import troubles, wait_for
+from e2e.conftest import empty, troubles
 from support import workflows
 from support.server import MB, Server
 
@@ -154,9 +154,9 @@ def test_unloading_leaves_nothing_on_any_device(lending: Server) -> None:
     lending.run(workflows.text_to_latent("middle_a", seed=6))
     assert lending.used()[1] > LENT - LARGEST
     before = lending.device()["to_host"]
-    lending.free()
+    empty(lending)
 
-    wait_for(lambda: lending.used() == [0, 0])
+    assert lending.used()[1] == 0
     assert lending.device()["to_host"] - before < MB
 
 

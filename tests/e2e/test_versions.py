@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TREES, VERSIONS
-from e2e.conftest import SMALL_DEVICE_MB, troubles
+from e2e.conftest import SMALL_DEVICE_MB, empty, troubles
 from support import workflows
 from support.server import MB, Server
 
@@ -43,3 +43,25 @@ def test_a_workflow_swaps_models_loads_each_once_and_gives_the_same_latents(vers
                 assert {"middle_a.safetensors", "middle_b.safetensors"} <= hits
 
     assert [torch.equal(alone, plugin) for alone, plugin in zip(found["alone"], found["plugin"], strict=True)] == [True] * 4
+
+
+@pytest.mark.parametrize("version", VERSIONS[:-1])
+def test_a_second_device_lends_memory_and_gives_it_back(version: str, models: Path, simulated_npu: None,
+                                                        tmp_path: Path) -> None:
+    """The latents of a model that is on one device, and of one that is on two and in RAM, are the same; no copy comes back."""
+    env = {"SIMNPU_DEVICES": "2", "OMP_NUM_THREADS": "1"}
+    with Server(TREES / version, tmp_path, models, device_mb=SMALL_DEVICE_MB, env=env) as server:
+        server.run(workflows.text_to_latent("middle_a"))
+        empty(server)
+        settings = server.base / "user" / "residency" / "settings.toml"
+        settings.write_text('[hybrid_split]\ndevices = "npu:0,30mb;npu:1,20mb;cpu,*"\n')
+        whole = server.latents()
+        server.run(workflows.text_to_latent("middle_a", prefix="lent"))
+        lent, copied = server.used()[1], server.device()["to_host"]
+        empty(server)
+
+        assert torch.equal(whole, server.latents("lent"))
+        assert 16 * MB < lent <= 20 * MB
+        assert server.used()[1] == 0
+        assert server.device()["to_host"] - copied < MB
+        assert troubles(server) == []
