@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import COMFYUI, TREES, VERSIONS
+from conftest import COMFYUI
 from e2e.conftest import troubles, wait_for
 from support import workflows
 from support.server import MB, PromptFailed, Server
@@ -47,25 +47,6 @@ def server(models: Path, simulated_npu: None, tmp_path_factory: pytest.TempPathF
         assert [trouble for trouble in troubles(server) if "out of memory" not in trouble.get("error", "")] == []
 
 
-def allocations(server: Server, flow: Workflow) -> int:
-    """How many a prompt makes when nothing fails."""
-    before = server.device()["allocations"]
-    server.run(flow)
-    return server.device()["allocations"] - before
-
-
-def failing(server: Server, flow: Workflow, at: int, on: bool = False) -> list[str]:
-    """Runs a prompt whose `at`-th allocation fails, and returns what was repeated."""
-    seen = len(server.events("rescue.repeated"))
-    server.fail(at, on)
-    try:
-        server.run(flow)
-        assert not server.device()["armed"], "nothing failed"
-    finally:
-        server.fail(-1)
-    return [event["what"] for event in server.events("rescue.repeated")[seen:]]
-
-
 def unload(server: Server) -> None:
     """Takes the models off the device; nodes keep their results."""
     server.free(memory=False)
@@ -78,13 +59,13 @@ def test_a_failure_while_sampling_changes_nothing(server: Server, name: str) -> 
     flow = FLOWS[name]
     server.run(flow(1))
     expected = server.latents()
-    count = allocations(server, flow(2))
+    count = server.allocations(flow(2))
 
     more = (1, count // 3, count - 2) if name in ("plain", "SDE sampler") else ()
     repeated = []
     for at in (count // 4, count * 2 // 3, *more):
         server.run(flow(2))  # everything is on the device again, and the node cache holds another seed
-        repeated += failing(server, flow(1), at)
+        repeated += server.run_failing(flow(1), at)
         assert torch.equal(expected, server.latents())
 
     assert set(repeated) == ({"sampling", "a sampling step"} if more else {"a sampling step"})
@@ -98,7 +79,7 @@ def test_a_failure_while_a_model_is_loaded_changes_nothing(server: Server) -> No
     server.run(flow(2))
     for at in (2, 4, 30):  # the first two are in the arithmetic of a LoRA, where ComfyUI goes on without it
         unload(server)
-        assert "loading" in failing(server, flow(1), at)
+        assert "loading" in server.run_failing(flow(1), at)
         assert torch.equal(expected, server.latents())
         server.run(flow(2))
 
@@ -112,7 +93,7 @@ def test_a_failure_while_encoding_text_changes_nothing(server: Server) -> None:
         expected = server.latents()
         server.run(flows[1])
         for at in (5, 120) if clip == "clip_l" else (40,):
-            assert failing(server, flows[0], at) == ["a text encoding"]
+            assert server.run_failing(flows[0], at) == ["a text encoding"]
             assert torch.equal(expected, server.latents())
             server.run(flows[1])
 
@@ -122,12 +103,12 @@ def test_a_decode_and_an_encode_are_repeated_whole_before_comfyui_goes_on_in_til
     plain, full = (lambda seed, vae=vae: workflows.text_to_latent("flux_a", seed=seed, vae=vae) for vae in (None, "taesd"))
     server.run(full(1))
     expected = server.latents("out_vae")
-    sampling, whole = allocations(server, plain(2)), allocations(server, full(3))
+    sampling, whole = server.allocations(plain(2)), server.allocations(full(3))
 
     repeated = []
     for at in (sampling + 3, (sampling + whole) // 2 - 4, (sampling + whole) // 2 + 20, whole - 6):
         server.run(full(2))
-        repeated += failing(server, full(1), at)
+        repeated += server.run_failing(full(1), at)
         assert torch.equal(expected, server.latents("out_vae"))
 
     assert set(repeated) == {"a VAE decode", "a VAE encode"}
@@ -144,12 +125,12 @@ def test_a_lora_is_neither_applied_twice_nor_left_on(server: Server) -> None:
     assert not torch.equal(expected["on", 1], expected["off", 1])
 
     server.run(with_lora(3))
-    count = allocations(server, with_lora(4))
-    assert failing(server, with_lora(1), count // 2)
+    count = server.allocations(with_lora(4))
+    assert server.run_failing(with_lora(1), count // 2)
     assert torch.equal(expected["on", 1], server.latents())
     server.run(with_lora(2))
     assert torch.equal(expected["on", 2], server.latents())
-    assert failing(server, with_lora(1), count // 2)
+    assert server.run_failing(with_lora(1), count // 2)
     server.run(without(2))
     assert torch.equal(expected["off", 2], server.latents())
 
@@ -186,10 +167,10 @@ def test_failures_that_keep_coming_end_in_one_clear_error(server: Server) -> Non
     flow = FLOWS["plain"]
     server.run(flow(1))
     expected = server.latents()
-    count = allocations(server, flow(2))
+    count = server.allocations(flow(2))
     for at in (3, count // 2):
         with pytest.raises(PromptFailed) as failed:
-            failing(server, flow(1), at, on=True)
+            server.run_failing(flow(1), at, on=True)
         message = str(failed.value)
         assert message.startswith("NPU out of memory. Tried to allocate")
         assert message.count("Residency freed") == 1
@@ -219,32 +200,15 @@ def test_without_the_rescue_the_same_prompt_is_lost(server: Server) -> None:
     flow = FLOWS["plain"]
     server.run(flow(1))
     expected = server.latents()
-    count = allocations(server, flow(2))
+    count = server.allocations(flow(2))
     server.settings("[hybrid_split]\nrescue = false\n")
     with pytest.raises(PromptFailed, match="out of memory"):
-        failing(server, flow(1), count // 2)
+        server.run_failing(flow(1), count // 2)
 
     server.settings("")
     server.run(flow(2))
-    assert failing(server, flow(1), count // 2)
+    assert server.run_failing(flow(1), count // 2)
     assert torch.equal(expected, server.latents())
-
-
-@pytest.mark.parametrize("version", VERSIONS[:-1])
-def test_every_supported_version_is_rescued(version: str, models: Path, simulated_npu: None, tmp_path: Path) -> None:
-    """In text encoding, sampling and a decode."""
-    if not (TREES / version).is_dir():
-        pytest.skip(f"no ComfyUI {version} in {TREES}")
-    flow = lambda seed: workflows.text_to_latent("flux_a", seed=seed, vae="taesd", loras=(("flux_one", 1.0),))  # noqa: E731
-    with Server(TREES / version, tmp_path, models, device_mb=DEVICE_MB, env=ONE_THREAD) as server:
-        server.run(flow(1))
-        expected = server.latents("out_vae")
-        count = allocations(server, flow(2))
-        for at in (1, count // 3, count - 20):
-            assert failing(server, flow(1), at)
-            assert torch.equal(expected, server.latents("out_vae"))
-            server.run(flow(2))
-        assert troubles(server) == []
 
 
 def test_dynamic_vram_is_rescued(models: Path, simulated_npu: None, tmp_path: Path) -> None:
@@ -254,9 +218,9 @@ def test_dynamic_vram_is_rescued(models: Path, simulated_npu: None, tmp_path: Pa
             flow = FLOWS[name]
             server.run(flow(1))
             expected = server.latents()
-            count = allocations(server, flow(2))
+            count = server.allocations(flow(2))
             for at in (1, count // 2):
-                assert failing(server, flow(1), at)
+                assert server.run_failing(flow(1), at)
                 assert torch.equal(expected, server.latents())
                 server.run(flow(2))
         assert troubles(server) == []

@@ -17,11 +17,23 @@ LORA = workflows.text_to_latent("middle_a", loras=(("middle", 1.0),), prefix="lo
 GGUF = {False: "flux_mixed_bf16", True: "flux_mixed.gguf"}  # ComfyUI alone gets the dequantised twin
 
 
+def survives_an_out_of_memory(server: Server) -> None:
+    """Before sampling, in a step, and in a VAE."""
+    flow = lambda seed: workflows.text_to_latent("flux_a", seed=seed, vae="taesd", loras=(("flux_one", 1.0),))  # noqa: E731
+    server.run(flow(1))
+    expected = server.latents("out_vae")
+    count = server.allocations(flow(2))
+    for at in (1, count // 3, count - 20):
+        assert server.run_failing(flow(1), at)
+        assert torch.equal(expected, server.latents("out_vae"))
+        server.run(flow(2))
+
+
 @pytest.mark.parametrize("version", VERSIONS[:-1])  # the other tests run on the last
 def test_a_workflow_swaps_models_loads_each_once_and_gives_the_same_latents(version: str, models: Path, simulated_npu: None,
                                                             tmp_path: Path) -> None:
     """Two models, a LoRA and a GGUF file on a device that holds one model: mapped, swapped without a copy, loaded once though
-    three workflows take turns, and the same bit for bit."""
+    three workflows take turns, and the same bit for bit. An out-of-memory costs no prompt."""
     found = {}
     for name in ("alone", "plugin"):
         with Server(TREES / version, tmp_path / name, models, plugin=name == "plugin", device_mb=SMALL_DEVICE_MB) as server:
@@ -34,6 +46,7 @@ def test_a_workflow_swaps_models_loads_each_once_and_gives_the_same_latents(vers
             copied = server.device()["to_host"] - before
             found[name] = [server.latents(prefix) for prefix in ("out_a", "out_b", "lora", "gguf")]
             if name == "plugin":
+                survives_an_out_of_memory(server)
                 assert troubles(server) == []
                 assert server.events("plugin.started")[0]["host"] == version
                 assert copied < 1 * MB

@@ -190,6 +190,27 @@ class Server:
         """The simulated accelerator runs out of memory at an allocation from now, once, or from there `on`; -1 is never."""
         self._trouble(fail_at=at, on=on)
 
+    def allocations(self, workflow: Mapping[str, Any]) -> int:
+        """Runs a prompt and returns how many allocations it made on the simulated accelerator."""
+        before = self.device()["allocations"]
+        self.run(workflow)
+        return self.device()["allocations"] - before
+
+    def run_failing(self, workflow: Mapping[str, Any], at: int, on: bool = False) -> list[str]:
+        """Runs a prompt whose `at`-th allocation fails, and returns what was repeated.
+
+        Raises:
+            PromptFailed: nothing helped.
+        """
+        seen = len(self.events("rescue.repeated"))
+        self.fail(at, on)
+        try:
+            self.run(workflow)
+            assert not self.device()["armed"], "nothing failed"
+        finally:
+            self.fail(-1)
+        return [event["what"] for event in self.events("rescue.repeated")[seen:]]
+
     def shrink(self, device_mb: float) -> None:
         """Somebody else takes memory of the simulated accelerator, or gives it back."""
         self._trouble(capacity_mb=device_mb)
