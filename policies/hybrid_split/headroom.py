@@ -14,10 +14,14 @@ class Headroom:
     """What each model gave back stays free at its next placings, or the next prompt would run out as this one did.
 
     It binds where the device is tight: where the budget is larger than the model by as much, all of it is loaded.
+
+    Attributes:
+        times: how often some model gave something back.
     """
 
     def __init__(self) -> None:
         self._reserves: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
+        self.times = 0
 
     def reserve_of(self, module: torch.nn.Module) -> int:
         """Bytes of its budget that a model shall not use."""
@@ -25,6 +29,7 @@ class Headroom:
 
     def add(self, weights: Weights, size: int) -> None:
         """The model gave back `size` bytes more."""
+        self.times += 1
         self._reserves[weights.module] = min(weights.size(), self.reserve_of(weights.module) + size)
 
     def within(self, request: PlaceModel) -> PlaceModel:

@@ -115,12 +115,12 @@ class Splitter:
             more = self._more(weights, choice)
         predicted = weights.size() if more is None else weights.foreseen(more, split)
         self._tell(request, rule, choice, predicted)
-        token, reserve = _split.set(weights.module if split else None), self._headroom.reserve_of(weights.module)
+        token, times = _split.set(weights.module if split else None), self._headroom.times
         try:
             answer = self._lend(request, choice, lambda: proceed(dataclasses.replace(request, more_bytes=more)))
         finally:
             _split.reset(token)
-        if self._headroom.reserve_of(weights.module) == reserve:  # it did not run out of memory
+        if self._headroom.times == times:  # it did not run out of memory
             self._check(weights, str(request.device), predicted, choice)
         return answer
 
