@@ -4,23 +4,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 import torch
 
 from ...telemetry import emit
-from ..memory import ram
 from ..policy import Decision, Effect, Proceed
 from ..requests import FreeMemory, MoveWeights, PlaceModel, PlaceModels
 from ..weights import Weights
 from . import budget, rules
-from .allocation import RAM, Allocation
 from .choosing import Chooser
 from .donors import Donors
 from .headroom import Headroom
+from .heralding import Choice, Herald
 from .settings import Rule, Settings
 
 if TYPE_CHECKING:
@@ -29,26 +27,7 @@ if TYPE_CHECKING:
 TOLERANCE = 0.02  # of the model's size: what may lie between foretold and found
 _STOCK_SHARE = 1.1  # of a model's size: what ComfyUI makes room for
 _split: ContextVar[torch.nn.Module | None] = ContextVar("residency_split", default=None)  # being placed with a limit
-_NOWHERE = Allocation()
 _spare: ContextVar[dict[str, float] | None] = ContextVar("residency_spare", default=None)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A budget and whose it is.
-
-    Attributes:
-        limit: bytes of weights on the device, at most.
-        total: bytes for weights and the host's buffer for streaming; None where `limit` says it, or nothing limits it.
-        ours: the host would have chosen another one.
-        allocation: where the rest lives.
-    """
-
-    figure: str
-    limit: int | None = None
-    total: float | None = None
-    ours: bool = True
-    allocation: Allocation = _NOWHERE
 
 
 class Splitter:
@@ -61,11 +40,9 @@ class Splitter:
     def __init__(self, settings: Settings, tools: Tools, chooser: Chooser, donors: Donors,
                  headroom: Headroom) -> None:
         self._settings, self._tools, self._chooser, self._donors = settings, tools, chooser, donors
-        self._headroom = headroom
-        self._told: WeakKeyDictionary[torch.nn.Module, tuple[Any, ...]] = WeakKeyDictionary()
+        self._headroom, self._herald = headroom, Herald(tools)
         self._given_up: WeakSet[torch.nn.Module] = WeakSet()
         self._effect: Effect | None = None
-        self._paging_told = False
 
     def place(self, request: PlaceModel) -> Decision | None:
         weights = request.weights
@@ -114,7 +91,7 @@ class Splitter:
             weights.take_off()
             more = self._more(weights, choice)
         predicted = weights.size() if more is None else weights.foreseen(more, split)
-        self._tell(request, rule, choice, predicted)
+        self._herald.tell(request, rule, choice, predicted)
         token, times = _split.set(weights.module if split else None), self._headroom.times
         try:
             answer = self._lend(request, choice, lambda: proceed(dataclasses.replace(request, more_bytes=more)))
@@ -139,38 +116,6 @@ class Splitter:
             return weights.more_for(choice.limit)
         return None if choice.total is None else choice.total - weights.on_device()
 
-    def _tell(self, request: PlaceModel, rule: Rule | None, choice: Choice, predicted: int) -> None:
-        """Once for each change, and before anything is loaded."""
-        weights = request.weights
-        state = (choice.figure, rule, predicted)
-        if self._told.get(weights.module) == state:
-            return
-        self._told[weights.module] = state
-        allowed = choice.limit if choice.limit is not None else choice.total
-        lent, ram_room = self._elsewhere(weights, choice.allocation)
-        found = budget.verdict(weights.size(), predicted + lent, ram_room)
-        told: dict[str, Any] = {"model": weights.name, "device": str(request.device)}
-        emit("split.planned", **told, mode=found.mode, figure=choice.figure, predicted_bytes=predicted,
-             streamed_bytes=weights.size() - predicted, **({} if rule is None else {"rule": rules.label(rule)}),
-             **({} if allowed is None else {"budget_bytes": int(allowed)}))
-        if found.shortfall:
-            emit("split.insufficient", **told, shortfall_bytes=found.shortfall,
-                 reason="the device and RAM together do not hold it; a smaller file, or a smaller memory.pad_gb, would")
-
-    def _elsewhere(self, weights: Weights, allocation: Allocation) -> tuple[int, int]:
-        """What other devices and RAM may hold of a model."""
-        memory, lent, ram_room = self._tools.host.memory, 0, self._ram_room(weights.module)
-        here = memory.devices()
-        for share in allocation.donors(weights.load_device(), weights.size(), memory.total_bytes):
-            lent += share.bytes if share.device in here else 0
-            ram_room = min(ram_room, share.bytes) if share.device == RAM else ram_room
-        return lent, ram_room
-
-    def _ram_room(self, module: torch.nn.Module) -> int:
-        private = sum(parameter.nbytes for parameter in module.parameters()
-                      if parameter.device.type == "cpu" and self._tools.bank.file_of(parameter) is None)
-        return ram()[1] - self._tools.ledger.pad() + private
-
     def _check(self, weights: Weights, device: str, predicted: int, choice: Choice) -> None:
         observed = weights.by_device().get(device, 0)
         before = self._effect or Effect(0, 0)
@@ -187,15 +132,7 @@ class Splitter:
         answer = self._lend(request, choice, proceed)
         if limit is None:
             return answer
-        if weights.cap(limit):
-            state = (choice.figure, limit)
-            if self._told.get(weights.module) != state:
-                self._told[weights.module] = state
-                emit("split.capped", model=weights.name, device=str(request.device), figure=choice.figure, budget_bytes=limit)
-        elif not self._paging_told:
-            self._paging_told = True
-            emit("policy.declined", policy="hybrid_split, dynamic VRAM",
-                 reason="this ComfyUI's paging library takes no limit for a model; --reserve-vram or a newer ComfyUI does")
+        self._herald.tell_of_pages(request, choice, limit, weights.cap(limit))
         return answer
 
     def place_models(self, request: PlaceModels) -> Decision | None:
