@@ -206,6 +206,18 @@ def split() -> None:
     split.run(COMFYUI, MODELS, torch.cuda.is_available())
 
 
+def fit() -> None:
+    """A model larger than its device, by stated budgets."""
+    import fitting
+
+    if no_simulated_npu():
+        print(f"\nskipped, {no_simulated_npu()}: fit")
+        return
+    build_simulated_npu()
+    make_models(COMFYUI, MODELS, ("diffusion_models/big_fp32", "diffusion_models/big_a", "text_encoders/clip_l"))
+    fitting.run(COMFYUI, MODELS)
+
+
 def faults() -> None:
     """A device that runs out of memory, at each allocation of a prompt in turn."""
     import fault_sweep
@@ -226,8 +238,8 @@ def hook() -> None:
 
 
 BENCHES: dict[str, Callable[[], None]] = {
-    "hook": hook, "load": load, "overhead": overhead, "swap": swap, "partial": partial, "split": split, "switch": switch,
-    "start": start, "gguf": gguf, "gpu": gpu, "faults": faults}
+    "hook": hook, "load": load, "overhead": overhead, "swap": swap, "partial": partial, "split": split, "fit": fit,
+    "switch": switch, "start": start, "gguf": gguf, "gpu": gpu, "faults": faults}
 LEFT_OUT = {"faults"} if torch.cuda.is_available() else {"faults", "gpu"}  # an hour; a card
 
 if __name__ == "__main__":
