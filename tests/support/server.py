@@ -233,10 +233,13 @@ class Server:
 
     def _stats(self) -> dict[str, Any]:
         self._stats_file.unlink(missing_ok=True)
-        self.process.send_signal(signal.SIGUSR2)
         end = time.monotonic() + 30
         while not self._stats_file.exists() and time.monotonic() < end:
-            time.sleep(0.01)
+            # Of two signals the second may go to another thread, and then wakes nobody: so again, until somebody answers.
+            self.process.send_signal(signal.SIGUSR2)
+            for _ in range(50):
+                if not self._stats_file.exists():
+                    time.sleep(0.01)
         stats: dict[str, Any] = json.loads(self._stats_file.read_text())
         return stats
 
