@@ -9,6 +9,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 from conftest import COMFYUI, TREES
 from support.fixtures import build_simulated_npu, make_models, no_simulated_npu
-from support.server import GGUF_NODES, MB, NODE_CLOCK, TESTING_NODES, Server
+from support.server import GGUF_NODES, MB, NODE_CLOCK, TESTING_NODES, Server, both
 from support.workflows import Workflow
 
 MODELS = (
@@ -149,8 +150,9 @@ def empty(server: Server) -> None:
 def started(models: Path, factory: pytest.TempPathFactory, device_mb: int | None, *, comfyui: Path = COMFYUI,
             **more: Any) -> Iterator[Pair]:
     options = {"device_mb": device_mb, "packs": [TESTING_NODES, GGUF_NODES, NODE_CLOCK], **more}
-    with (Server(comfyui, factory.mktemp("alone"), models, plugin=False, **options) as alone,
-          Server(comfyui, factory.mktemp("plugin"), models, **options) as plugin):
+    folders = factory.mktemp("alone"), factory.mktemp("plugin")
+    with both(partial(Server, comfyui, folders[0], models, plugin=False, **options),
+              partial(Server, comfyui, folders[1], models, **options)) as (alone, plugin):
         yield Pair(alone, plugin)
         assert troubles(plugin) == []
 

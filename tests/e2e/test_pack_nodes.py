@@ -4,6 +4,7 @@ The pack in `support/packs/gguf_nodes` does what such packs do. What it opens is
 """
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from conftest import COMFYUI
 from e2e.conftest import Pair, troubles
 from support import workflows
-from support.server import GGUF_NODES, MB, Server
+from support.server import GGUF_NODES, MB, Server, both
 
 CLIP, TWIN = "clip_l_q8.gguf", "clip_l_q8_fp16.safetensors"
 
@@ -84,15 +85,17 @@ def test_what_a_pack_opens_in_its_own_way_keeps_its_mapping(models: Path, simula
     """Nothing comes back from the device, nothing is copied out of the file, and the latents are the pack's own."""
     latents: dict[bool, list[torch.Tensor]] = {False: [], True: []}
     to_host, private = {}, {}
-    for plugin, found in latents.items():
-        with Server(COMFYUI, tmp_path / str(plugin), models, plugin=plugin, device_mb=device_mb, packs=[GGUF_NODES]) as server:
+    options = {"models": models, "device_mb": device_mb, "packs": [GGUF_NODES]}
+    with both(partial(Server, COMFYUI, tmp_path / "alone", plugin=False, **options),
+              partial(Server, COMFYUI, tmp_path / "plugin", **options)) as servers:
+        for server in servers:
             start = server.private_bytes()
             for strength in (1.0, 0.0, 1.0):
                 server.run(in_the_packs_way(strength))
-                found += [server.latents("out_a"), server.latents("out_b")]
-            to_host[plugin] = server.device()["to_host"]
-            private[plugin] = server.private_bytes() - start
-            assert not plugin or troubles(server) == []
+                latents[server.plugin] += [server.latents("out_a"), server.latents("out_b")]
+            to_host[server.plugin] = server.device()["to_host"]
+            private[server.plugin] = server.private_bytes() - start
+        assert troubles(server) == []
     mapped = {event["file"]: event["bytes"] for event in server.events("weights.mapped")}
 
     assert all(map(torch.equal, latents[False], latents[True]))

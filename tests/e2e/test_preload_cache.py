@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import COMFYUI
-from e2e.conftest import Pair, check_loader_nodes, drop_from_page_cache, loads, status, troubles, wait_for
+from e2e.conftest import Pair, check_loader_nodes, drop_from_page_cache, loads, started, status, troubles, wait_for
 from support import workflows
 from support.server import MB, Server
 
@@ -181,24 +181,19 @@ def test_a_file_that_is_cut_short_or_deleted_while_it_is_kept_costs_one_prompt(c
 
 def test_free_gives_back_what_comfyui_alone_would(models: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Private RAM ends where ComfyUI's own ends, no model file is mapped any more, and the next prompt works."""
-    flow, private = workflows.text_to_latent("flux_a", steps=1), {}
-    for name in ("alone", "plugin"):
-        with Server(COMFYUI, tmp_path_factory.mktemp(name), models, plugin=name == "plugin") as server:
+    flow = workflows.text_to_latent("flux_a", steps=1)
+    with started(models, tmp_path_factory, None) as pair:
+        for server in (pair.alone, pair.plugin):
             server.run(flow)
             server.free()
-            if name == "plugin":
-                wait_for(lambda: bool(server.events("memory.emptied")), 60)
-            time.sleep(5)  # ComfyUI alone tells nobody when it is done
-            private[name] = server.private_bytes()
-            if name == "plugin":
-                assert server.maps(".safetensors") == []
-                assert status(server)["entries"] == []
-                since = len(server.events())
-                server.run(flow)
-                assert {kind for kind, _ in loads(server, since)} == {"cache.miss"}
-                assert troubles(server) == []
-
-    assert private["plugin"] - private["alone"] < 20 * MB
+        wait_for(lambda: bool(pair.plugin.events("memory.emptied")), 60)
+        time.sleep(5)  # ComfyUI alone tells nobody when it is done
+        assert pair.plugin.private_bytes() - pair.alone.private_bytes() < 20 * MB
+        assert pair.plugin.maps(".safetensors") == []
+        assert status(pair.plugin)["entries"] == []
+        since = len(pair.plugin.events())
+        pair.plugin.run(flow)
+        assert {kind for kind, _ in loads(pair.plugin, since)} == {"cache.miss"}
 
 
 @pytest.fixture

@@ -5,8 +5,10 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -179,8 +181,10 @@ def test_a_server_that_is_stopped_while_it_preloads_ends(tmp_path: Path) -> None
     os.mkfifo(own / "diffusion_models" / "endless.safetensors")
     settings = '[preload_cache]\nwhen = "after"\ndiffusion_models = [{name = "endless.safetensors"}]\n'
     with Server(COMFYUI, tmp_path / "server", own, settings=settings) as server:
-        server.process.send_signal(signal.SIGINT)
         started = time.monotonic()
-        server.process.wait(20)
+        while server.process.poll() is None and time.monotonic() - started < 10:
+            server.process.send_signal(signal.SIGINT)  # as one does: a first one, in the middle of a start, may get lost
+            with suppress(subprocess.TimeoutExpired):
+                server.process.wait(3)
 
     assert time.monotonic() - started < 10

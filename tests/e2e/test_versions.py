@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from conftest import TREES, VERSIONS
 from e2e.conftest import SMALL_DEVICE_MB, empty, troubles
 from support import workflows
-from support.server import MB, Server
+from support.server import MB, Server, both
 
 LORA = workflows.text_to_latent("middle_a", loras=(("middle", 1.0),), prefix="lora")
 
@@ -35,8 +36,10 @@ def test_a_workflow_swaps_models_loads_each_once_and_gives_the_same_latents(vers
     """Two models, a LoRA and a GGUF file on a device that holds one model: mapped, swapped without a copy, loaded once though
     three workflows take turns, and the same bit for bit. An out-of-memory costs no prompt."""
     found = {}
-    for name in ("alone", "plugin"):
-        with Server(TREES / version, tmp_path / name, models, plugin=name == "plugin", device_mb=SMALL_DEVICE_MB) as server:
+    options = {"models": models, "device_mb": SMALL_DEVICE_MB}
+    with both(partial(Server, TREES / version, tmp_path / "alone", plugin=False, **options),
+              partial(Server, TREES / version, tmp_path / "plugin", **options)) as servers:
+        for server in servers:
             server.run(workflows.both("middle_a", "middle_b"))
             server.run(LORA)
             server.run(workflows.text_to_latent(GGUF[server.plugin], loras=(("flux_mixed", 1.0),), prefix="gguf"))
@@ -44,18 +47,17 @@ def test_a_workflow_swaps_models_loads_each_once_and_gives_the_same_latents(vers
             before = server.device()["to_host"]
             server.run(workflows.both("middle_a", "middle_b", seed=2))
             copied = server.device()["to_host"] - before
-            found[name] = [server.latents(prefix) for prefix in ("out_a", "out_b", "lora", "gguf")]
-            if name == "plugin":
-                survives_an_out_of_memory(server)
-                assert troubles(server) == []
-                assert server.events("plugin.started")[0]["host"] == version
-                assert copied < 1 * MB
-                misses = Counter(event["model"] for event in server.events("cache.miss"))
-                hits = {event["model"] for event in server.events("cache.hit")}
-                assert set(misses.values()) == {1}
-                assert {"middle_a.safetensors", "middle_b.safetensors"} <= hits
+            found[server.plugin] = [server.latents(prefix) for prefix in ("out_a", "out_b", "lora", "gguf")]
+        survives_an_out_of_memory(server)
+        assert troubles(server) == []
+        assert server.events("plugin.started")[0]["host"] == version
+        assert copied < 1 * MB
+        misses = Counter(event["model"] for event in server.events("cache.miss"))
+        hits = {event["model"] for event in server.events("cache.hit")}
+        assert set(misses.values()) == {1}
+        assert {"middle_a.safetensors", "middle_b.safetensors"} <= hits
 
-    assert [torch.equal(alone, plugin) for alone, plugin in zip(found["alone"], found["plugin"], strict=True)] == [True] * 4
+    assert [torch.equal(alone, plugin) for alone, plugin in zip(found[False], found[True], strict=True)] == [True] * 4
 
 
 @pytest.mark.parametrize("version", VERSIONS[:-1])

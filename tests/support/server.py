@@ -10,7 +10,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,9 @@ class Server:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         # Threads that spin while they wait for each other take ten times as long as soon as somebody else wants a core.
-        variables = {**os.environ, "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE", **(env or {})}
+        # Else every start compiles all of ComfyUI where the surroundings forbid Python to keep that.
+        own = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        variables = {**own, "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE", **(env or {})}
         self._stats_file, self._trouble_file = base / "stats.json", base / "trouble.json"
         if device_args is None:
             device_args = ["--cpu"] if device_mb is None else DYNAMIC_VRAM if dynamic_vram else []
@@ -280,3 +284,15 @@ class Server:
         with urllib.request.urlopen(request, timeout=60) as answer:
             text = answer.read()
             return json.loads(text) if text else {}
+
+
+@contextmanager
+def both(first: Callable[[], Server], second: Callable[[], Server]) -> Iterator[tuple[Server, Server]]:
+    """Two servers that start at the same time: a start keeps one core busy for seconds."""
+    with ExitStack() as stack:
+        with ThreadPoolExecutor(2) as pool:
+            starting = [pool.submit(first), pool.submit(second)]
+        for future in starting:
+            if future.exception() is None:
+                stack.enter_context(future.result())
+        yield starting[0].result(), starting[1].result()
