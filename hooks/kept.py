@@ -16,6 +16,7 @@ import comfy.model_management
 import torch
 
 from ..policies.files.bank import Bank
+from ..policies.files.parameters import parts
 from ..policies.memory import Residency
 from . import devices
 from .answers import kind_of, patcher_of
@@ -136,14 +137,6 @@ def _devices(patcher: Any) -> tuple[Any, Any]:
     return patcher.load_device, patcher.offload_device
 
 
-def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The plain tensors that hold a tensor's bytes; none for one without memory or one that does not tell."""
-    data = tensor.data
-    if hasattr(data, "__tensor_flatten__"):
-        return [getattr(data, name) for name in data.__tensor_flatten__()[0]]
-    return [data] if type(data) is torch.Tensor and not data.is_meta else []
-
-
 def _named_layers(patchers: list[Any]) -> list[tuple[int, str, torch.nn.Module]]:
     """(which patcher, name, layer) of all layers. Walked once: a large model has thousands."""
     return [(index, name, layer) for index, patcher in enumerate(patchers) for name, layer in patcher.model.named_modules()]
@@ -183,7 +176,7 @@ def _samples(patchers: list[Any], layers: list[tuple[int, str, torch.nn.Module]]
     """
     groups: dict[tuple[torch.device, torch.dtype], list[tuple[str, torch.Tensor]]] = {}
     for name, weight in _originals(patchers, layers):
-        for number, part in enumerate(parts(weight)):
+        for number, part in enumerate(parts(weight.data)):
             count = part.numel()
             if count and part.is_contiguous():
                 step = max(1, count // _SAMPLES)

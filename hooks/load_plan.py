@@ -12,6 +12,7 @@ import comfy.model_management
 _MISSING = object()
 _GRAIN = 1024  # bytes; no module that matters is smaller
 
+
 class Piece(NamedTuple):
     """A module.
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from ..policies.files.parameters import parts
 from .answers import origin_of
 from .gguf_weights import keeps_file_format
 from .gguf_weights.dense import DenseRoom
-from .kept import parts
 from .load_plan import LoadPlan
 from .shrinking import give_back, place_anew
 

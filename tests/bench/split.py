@@ -96,8 +96,7 @@ class Bench:
             for way, (memory, rest) in ways.items():
                 for part in OFFLOADED:
                     devices = f"{self.kind}:0,{100 - part}%;{rest}" if part else ""
-                    (server.base / "user" / "residency" / "settings.toml").write_text(
-                        f'{memory}[hybrid_split]\ndevices = "{devices}"\n')
+                    server.settings(f'{memory}[hybrid_split]\ndevices = "{devices}"\n')
                     found[way].append(measure(server, self.model, self.size))
         return found
 

@@ -45,9 +45,8 @@ def lending(models: Path, simulated_npu: None, tmp_path_factory: pytest.TempPath
 @pytest.fixture
 def change(lending: Server) -> Iterator[object]:
     """Changes `devices` for the next prompts of one test."""
-    file = lending.base / "user" / "residency" / "settings.toml"
-    yield lambda devices: file.write_text(settings(devices))
-    file.write_text(DEVICES)
+    yield lambda devices: lending.settings(settings(devices))
+    lending.settings(DEVICES)
 
 
 def loaded(server: Server) -> str:

@@ -23,10 +23,6 @@ def server(models: Path, simulated_npu: None, tmp_path_factory: pytest.TempPathF
         assert troubles(server) == []
 
 
-def settings(server: Server, text: str) -> None:
-    (server.base / "user" / "residency" / "settings.toml").write_text(text)
-
-
 def rule(**effects: object) -> str:
     lines = [f"{key} = {value!r}" for key, value in effects.items()]
     return "\n".join(["[[hybrid_split.rules]]", *lines, ""]).replace("'", '"')
@@ -45,7 +41,7 @@ def test_a_limit_is_kept_to_the_byte_and_the_latents_are_the_same(server: Server
     """Larger, smaller, everything and nothing, one after the other."""
     for limit in (0.03, 0.05, 0.01):
         flow = workflows.text_to_latent("middle_a", seed=int(limit * 100))
-        settings(server, rule(name="middle_*", device_gb=limit))
+        server.settings(rule(name="middle_*", device_gb=limit))
         server.run(flow)
         npu_pair.alone.run(flow)
 
@@ -56,7 +52,7 @@ def test_a_limit_is_kept_to_the_byte_and_the_latents_are_the_same(server: Server
         assert torch.equal(server.latents(), npu_pair.alone.latents())
 
     for seed, residency, expected in ((5, "host", 0), (6, "device", 74176640)):
-        settings(server, rule(name="middle_*", residency=residency))
+        server.settings(rule(name="middle_*", residency=residency))
         server.run(workflows.text_to_latent("middle_a", seed=seed))
         assert placed(server) == expected
     npu_pair.alone.run(workflows.text_to_latent("middle_b", seed=6))
@@ -72,7 +68,7 @@ def test_with_a_lora_it_is_as_comfyui_alone_at_the_same_split(server: Server, np
         alone.run(flow)
         held = float(re.findall(r"loaded partially; .*? ([0-9.]+) MB loaded", alone.log())[-1])
         split = alone.latents()
-    settings(server, rule(name="middle_*", device_gb=(held + 0.01) / 1024))
+    server.settings(rule(name="middle_*", device_gb=(held + 0.01) / 1024))
     server.run(flow)
     assert placed(server) == pytest.approx(held * MB, abs=0.01 * MB)
     assert torch.equal(server.latents(), split)
@@ -83,7 +79,7 @@ def test_with_a_lora_it_is_as_comfyui_alone_at_the_same_split(server: Server, np
 
 def test_text_encoders_and_vaes_are_split_too(server: Server, npu_pair: Pair) -> None:
     flow = workflows.video("wan", "wan")
-    settings(server, rule(component="text_encoder", device_gb=0.1) + rule(component="vae", device_gb=0.001))
+    server.settings(rule(component="text_encoder", device_gb=0.1) + rule(component="vae", device_gb=0.001))
     server.run(flow)
     npu_pair.alone.run(flow)
 
@@ -97,7 +93,7 @@ def test_text_encoders_and_vaes_are_split_too(server: Server, npu_pair: Pair) ->
 
 def test_models_with_a_limit_spare_each_other(server: Server, npu_pair: Pair) -> None:
     """ComfyUI makes room for all of a model, and swaps the two; with limits both stay where they are."""
-    settings(server, rule(name="middle_*", device_gb=0.03))
+    server.settings(rule(name="middle_*", device_gb=0.03))
     released = {}
     for seed in (8, 9):
         server.run(workflows.both("middle_a", "middle_b", seed=seed))
@@ -110,7 +106,7 @@ def test_models_with_a_limit_spare_each_other(server: Server, npu_pair: Pair) ->
 
 
 def test_what_was_foretold_and_found_is_in_the_prompts_record(server: Server) -> None:
-    settings(server, rule(name="middle_*", device_gb=0.02))
+    server.settings(rule(name="middle_*", device_gb=0.02))
     server.run(workflows.text_to_latent("middle_a", seed=11))
     effect = server.events("prompt.finished")[-1]["policies"]["hybrid_split"]
     assert effect["observed_bytes"] == pytest.approx(effect["predicted_bytes"], rel=0.02)
@@ -131,7 +127,7 @@ def test_every_number_of_the_conservative_budget_changes_what_is_on_the_device(t
     for seed, numbers in enumerate(("", "conservative_factor = 0.5", "conservative_factor = 0.5\noverhead_percent = 30",
                                     "mode = 'auto'")):
         mode = "" if "mode" in numbers else "mode = 'conservative'\n"
-        settings(tiny, f"[hybrid_split]\n{mode}{numbers}\n" + rule(component="text_encoder", device="cpu"))
+        tiny.settings(f"[hybrid_split]\n{mode}{numbers}\n" + rule(component="text_encoder", device="cpu"))
         tiny.run(workflows.text_to_latent("middle_a", seed=seed))
         held.append(placed(tiny))
     assert held[0] == 74176640
@@ -140,7 +136,7 @@ def test_every_number_of_the_conservative_budget_changes_what_is_on_the_device(t
 
 
 def test_a_rule_puts_a_model_on_another_device(tiny: Server) -> None:
-    settings(tiny, rule(component="text_encoder", device="cpu") + rule(name="flux_b*", device="npu:7"))
+    tiny.settings(rule(component="text_encoder", device="cpu") + rule(name="flux_b*", device="npu:7"))
     tiny.run(workflows.text_to_latent("flux_b", clip="clip_l_other"))
     assert {event["model"]: event["device"] for event in tiny.events("split.moved")}["clip_l_other.safetensors"] == "cpu"
     assert {event["device"] for event in tiny.events("model.placed") if event["model"] == "SD1ClipModel"} == {"cpu"}
@@ -154,7 +150,7 @@ def test_pages_of_dynamic_vram_keep_to_the_limit(dynamic_pair: Pair) -> None:
     server.free()
     held = []
     for seed, text in ((21, rule(name="middle_*", device_gb=0.035)), (22, "")):
-        settings(server, text)
+        server.settings(text)
         server.run(workflows.text_to_latent("middle_a", clip="clip_l_fp8", seed=seed))
         held.append(server.events("prompt.finished")[-1]["device_bytes"]["npu:0"])
         if seed == 21:

@@ -23,7 +23,7 @@ def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 
 def set_(server: Server, text: str) -> None:
     """Writes the user's settings and runs a prompt, before which they are read."""
-    (server.base / "user" / "residency" / "settings.toml").write_text(text)
+    server.settings(text)
     server.run(workflows.text_to_latent("flux_a_fp32", seed=abs(hash(text)) % 1000))
 
 
