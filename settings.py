@@ -66,8 +66,7 @@ def load(files: Iterable[Path], policies: Mapping[str, type[Any]]) -> Settings:
     Raises:
         SettingsError: a file cannot be read, is no TOML, or holds a key or a value that means nothing.
     """
-    merged: dict[str, Any] = {}
-    origin = "settings.toml"
+    merged, origin = dict[str, Any](), "settings.toml"
     for file in files:
         table = _read(file)
         if table is None:
@@ -91,12 +90,12 @@ class Watch:
 
     def __init__(self, files: Sequence[Path], policies: Mapping[str, type[Any]]) -> None:
         self._files, self._policies = files, policies
-        self._stamps = self._read_stamps()
+        self._stamps = [*map(_stamp, files)]
         self.now = load(files, policies)
 
     def changed(self) -> bool:
         """Reads the files again if they were touched. Files that cannot be used keep the last good settings in force."""
-        stamps = self._read_stamps()
+        stamps = [*map(_stamp, self._files)]
         if stamps == self._stamps:
             return False
         self._stamps = stamps
@@ -107,16 +106,14 @@ class Watch:
             return False
         return True
 
-    def _read_stamps(self) -> list[int]:
-        return [_stamp(file) for file in self._files]
-
 
 def fill(kind: type[T], table: Mapping[str, Any], origin: str, prefix: str = "") -> T:
     """Makes a settings dataclass from a TOML table.
 
     Args:
         kind: a frozen dataclass. A field's metadata may hold `choices` (strings), `minimum`, `maximum`, `check`, which raises a
-            `ValueError` with the cure, `key` where TOML's name is no name in Python, and `old`, another name that is taken too.
+            `ValueError` with the cure, `parse`, which makes the value and raises likewise, `key` where TOML's name is no name
+            in Python, and `old`, another name that is taken too.
             A field without a default must be there.
         origin: the file, for messages.
         prefix: the dotted path of the table, with its dot.
@@ -151,10 +148,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def _convert(hint: Any, value: Any, limits: Mapping[str, Any], where: str, prefix: str) -> Any:
+    if "parse" in limits:
+        return _parse(limits["parse"], value, where)
     if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise SettingsError(f"{where} is a table, write [{prefix[:-1]}]")
-        return fill(typing.cast(Any, hint), value, where.rpartition(": '")[0], prefix)
+        if isinstance(value, dict):
+            return fill(typing.cast(Any, hint), value, where.rpartition(": '")[0], prefix)
+        raise SettingsError(f"{where} is a table, write [{prefix[:-1]}]")
     inner = typing.get_args(hint)[:1]
     if inner and dataclasses.is_dataclass(inner[0]):
         if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
@@ -185,11 +184,15 @@ def _convert(hint: Any, value: Any, limits: Mapping[str, Any], where: str, prefi
     if not ok:
         raise SettingsError(f"{where} must be {wanted}, not {value!r}")
     if "check" in limits:
-        try:
-            limits["check"](value)
-        except ValueError as error:
-            raise SettingsError(f"{where}: {error}") from None
+        _parse(limits["check"], value, where)
     return value
+
+
+def _parse(parse: Any, value: Any, where: str) -> Any:
+    try:
+        return parse(value)
+    except ValueError as error:
+        raise SettingsError(f"{where}: {error}") from None
 
 
 def _stamp(file: Path) -> int:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 
@@ -44,6 +44,13 @@ class HostCall:
     def may_repeat(self, times: int, after: Callable[[BaseException], bool]) -> None:
         """Lets it run again, so many times, each time after an error of this kind."""
         self._repeats, self._may_repeat = times, after
+
+    def part(self, **changes: Any) -> Callable[[], Any]:
+        """The host's answer to a part of what it was asked: with some arguments changed, once, instead of the whole.
+
+        It does not run before it is called, which may be in another thread.
+        """
+        return partial(HostCall(self._function, self.instance, self._args, self._kwargs, self._signature), **changes)
 
     def __call__(self, **changes: Any) -> Any:
         """Lets the host answer, with some arguments changed by name. Without changes it gets exactly what it was given.

@@ -1,7 +1,7 @@
 """What is computed on a device: sampling, text encodings, a VAE's work. Where that runs out of memory, a policy may repeat it.
 
-`_calc_cond_batch` is passed at every step, for each context window, and what a sampler draws at random it draws outside.
-Packs may take part in a step and count steps as they do; such a step is not repeated alone, the sampling that it is part of is.
+Sampling steps are in `sampling.py`. Packs may take part in a step and count steps as they do; such a step is not repeated
+alone, the sampling that it is part of is. What a sampler draws at random it draws outside of its steps.
 """
 from __future__ import annotations
 
@@ -19,9 +19,6 @@ from .seam import Seam
 from .weights import PatcherWeights
 
 Kind = TypeVar("Kind", bound=Compute)
-# What packs hang into a step, in the host's options; the wrappers that are called inside of the step.
-_GUESTS = ("patches", "patches_replace")
-_INNER_WRAPPERS = ("apply_model", "diffusion_model")
 
 
 def _compute(kind: type[Kind], what: str, patcher: Any) -> Kind | None:
@@ -29,10 +26,10 @@ def _compute(kind: type[Kind], what: str, patcher: Any) -> Kind | None:
     device = getattr(patcher, "load_device", None)
     if device is None or device.type == "cpu" or not hasattr(patcher, "partially_unload"):
         return None
-    return kind(what, PatcherWeights(patcher), device, _rewinder(device))
+    return kind(what, PatcherWeights(patcher), device, rewinder(device))
 
 
-def _rewinder(device: torch.device) -> Callable[[], None]:
+def rewinder(device: torch.device) -> Callable[[], None]:
     """Puts the random numbers of the CPU and of a device back to where they are now."""
     here = torch.get_rng_state()
     module: Any = getattr(torch, device.type, None)
@@ -46,15 +43,6 @@ def _rewinder(device: torch.device) -> Callable[[], None]:
         module.set_rng_state(there, *where)
 
     return rewind
-
-
-def _step(call: HostCall) -> ComputeStep | None:
-    options = call["model_options"]
-    inner = options.get("transformer_options", {})
-    wrappers = inner.get("wrappers", {})
-    guests = (options.get("model_function_wrapper"), *map(inner.get, _GUESTS),
-              *(found for kind in _INNER_WRAPPERS for found in wrappers.get(kind, {}).values()))
-    return None if any(guests) else _compute(ComputeStep, "a sampling step", call["model"].current_patcher)
 
 
 def _all(call: HostCall) -> ComputeAll | None:
@@ -81,7 +69,6 @@ def _vae(name: str, optional: bool = False) -> Hook:
 
 
 HOOKS = (
-    Hook(Seam("comfy.samplers", "_calc_cond_batch", ("model", "model_options")), ComputeStep, _step),
     Hook(Seam("comfy.sample", "sample", ("model",)), ComputeAll, _all),
     Hook(Seam("comfy.sample", "sample_custom", ("model",)), ComputeAll, _all),
     Hook(Seam("comfy.samplers", "CFGGuider.sample"), ComputeAll, _guided),

@@ -1,16 +1,20 @@
 """What policies may ask of ComfyUI: the capabilities that `policies/host.py` describes, and a few for the composition."""
 from __future__ import annotations
 
+import inspect
+import pickle
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import comfy.cli_args
 import comfy.memory_management
 import comfy.model_management
 import comfy.utils
 import folder_paths
+import psutil
 import torch
 
 from ..policies.host import Host
@@ -104,6 +108,7 @@ class Memory:
         module: Any = torch.get_device_module(device)
         count = module.device_count() if hasattr(module, "device_count") else 1
         return [f"{device.type}:{index}" for index in range(count)]
+
     def is_oom(self, error: BaseException) -> bool:
         kind = comfy.model_management.OOM_EXCEPTION
         if kind is Exception:  # a torch without one of its own: every error would be it
@@ -142,9 +147,20 @@ class Lifecycle:
         return isinstance(error, comfy.model_management.InterruptProcessingException)
 
 
+class Process:
+    """Implements `policies.host.Process`."""
+
+    def twin(self) -> dict[str, Any]:
+        here = psutil.Process()
+        return {"root": str(Path(inspect.getfile(comfy.model_management)).parents[1]),
+                "arguments": pickle.dumps(vars(comfy.cli_args.args)),
+                "package": __name__.rpartition(".hooks.")[0], "folder": str(Path(__file__).parents[1]),
+                "threads": torch.get_num_threads(), "process": (here.pid, here.create_time())}
+
+
 def connect() -> Host:
     """The host that we are running in."""
-    return Host(Reading(), Formats(), Memory(), Lifecycle(), Models(), Server())
+    return Host(Reading(), Formats(), Memory(), Lifecycle(), Models(), Server(), Process())
 
 
 def user_folder() -> Path:

@@ -20,6 +20,7 @@ from ..telemetry import emit
 from .call import HostCall
 from .gguf_weights import keeps_file_format
 from .registry import Hook
+from .remote import remote_of
 from .seam import Seam
 from .weights import PatcherWeights
 
@@ -66,7 +67,7 @@ def hooks(bank: Bank, stopwatch: Stopwatch) -> tuple[Hook, ...]:
         budget = float(call["lowvram_model_memory"])
         weights = PatcherWeights(patcher)
         came[call] = (weights.on_device(), weights.size())
-        return PlaceModel(weights, call.instance.device, budget or None)
+        return PlaceModel(weights, call.instance.device, budget or None, remote=remote_of(patcher))
 
     def placed(call: HostCall, request: PlaceModel, answer: Any, seconds: float) -> None:
         weights = request.weights

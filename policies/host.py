@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
 
@@ -87,6 +87,17 @@ class Lifecycle(Protocol):
         """Whether an error is the host's Cancel."""
 
 
+class Process(Protocol):
+    """The host as a process."""
+
+    def twin(self) -> dict[str, Any]:
+        """What another process needs to become a twin of this one.
+
+        root: ComfyUI's folder; arguments: its options, pickled; package and folder: of this plugin; threads: of torch's;
+        process: (pid, when it was started, in seconds since the epoch).
+        """
+
+
 @dataclass(frozen=True)
 class Host:
     """The capabilities together."""
@@ -97,3 +108,4 @@ class Host:
     lifecycle: Lifecycle
     models: Models
     server: Server
+    process: Process

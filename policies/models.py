@@ -73,6 +73,29 @@ class Kept(Protocol):
         """Takes the host's present choice of devices, where it had the host's choice when it was loaded."""
 
 
+class Remote(Protocol):
+    """What another process needs in order to compute a model as this one would."""
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The torch module that holds the weights, shared by all clones."""
+
+    def as_built(self) -> Any:
+        """The model without patches, to be pickled. Asked while nothing of it is on a device and nothing is patched."""
+
+    def token(self) -> object:
+        """Changes with every change of what is patched: LoRA, merges, replaced objects, scheduled hooks."""
+
+    def patches(self) -> Mapping[str, Any]:
+        """What is patched now, to be pickled."""
+
+    def known(self) -> Mapping[int, str]:
+        """`id` of objects that the other process has already, and what they are called there."""
+
+    def place(self) -> None:
+        """Makes the model ready here, as the host would have done without us."""
+
+
 class Models(Protocol):
     """The host's stock loaders."""
 

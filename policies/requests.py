@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from .models import Kept, Part, Recipe
+from .models import Kept, Part, Recipe, Remote
 from .weights import Weights
 
 
@@ -126,6 +126,7 @@ class PlaceModel(Request):
             back; None is no limit.
         patch_all: LoRA go into the weights that stay off the device too, as they go into those on it; else they are added at
             each use, which rounds differently.
+        remote: a diffusion model as another process would need it; None for all others.
     """
 
     repeats = 2
@@ -133,6 +134,7 @@ class PlaceModel(Request):
     device: torch.device
     more_bytes: float | None
     patch_all: bool = False
+    remote: Remote | None = None
 
 
 @dataclass(frozen=True)

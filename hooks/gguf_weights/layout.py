@@ -66,6 +66,9 @@ class Layout(QuantizedLayout):  # type: ignore[misc]  # the host's packages have
         return {"": cls.dequantize(qdata, params)}  # whoever saves it wants weights that others can read
 
 
+register_layout_class(LAYOUT, Layout)  # where a tensor arrives from another process, this module is imported, and no more
+
+
 def dense(blocks: torch.Tensor, params: Blocks, dtype: torch.dtype) -> torch.Tensor:
     """The weights in this dtype. A compiler sees torch's own operations here, and cannot look into `dequantize` of a tensor."""
     compiling = torch.compiler.is_compiling()
@@ -78,7 +81,6 @@ def dense(blocks: torch.Tensor, params: Blocks, dtype: torch.dtype) -> torch.Ten
 
 def wrap(blocks: torch.Tensor, kind: int, shape: tuple[int, ...], heads: int | None = None) -> torch.Tensor:
     """The weights that a tensor of block bytes stands for. Float32 until a module says what it computes in."""
-    register_layout_class(LAYOUT, Layout)
     wrapped: torch.Tensor = QuantizedTensor(blocks, LAYOUT, Blocks(kind, torch.float32, shape, heads))
     return wrapped
 

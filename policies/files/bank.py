@@ -133,14 +133,14 @@ class Bank:
         unknown = [tensor for tensor in tensors if tensor.numel() and self.file_of(tensor) is None]
         started = time.perf_counter()
         regions = pages.mapped_files() if unknown else []
-        inside: dict[tuple[int, int, str], list[torch.Tensor]] = defaultdict(list)
+        inside: dict[pages.Region, list[torch.Tensor]] = defaultdict(list)
         for tensor in unknown:
-            index = bisect_right(regions, tensor.data_ptr(), key=lambda region: region[0]) - 1
-            if index >= 0 and tensor.data_ptr() + tensor.nbytes <= regions[index][1]:
+            index = bisect_right(regions, tensor.data_ptr(), key=lambda region: region.start) - 1
+            if index >= 0 and tensor.data_ptr() + tensor.nbytes <= regions[index].end:
                 inside[regions[index]].append(tensor)
-        for (_, _, path), mapped in inside.items():
+        for region, mapped in inside.items():
             with suppress(OSError):  # gone already
-                file = MappedFile(path, Identity.of(path), *_span(mapped), handle=None)
+                file = MappedFile(region.path, Identity.of(region.path), *_span(mapped), handle=None)
                 self._note(file, mapped)
                 emit("weights.mapped", file=file.name, bytes=sum(tensor.nbytes for tensor in mapped), copied_bytes=0,
                      seconds=time.perf_counter() - started)

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import psutil
@@ -40,19 +40,76 @@ def _regions(start: int, end: int, path: str) -> list[Any] | None:
     return inside
 
 
-def mapped_files() -> list[tuple[int, int, str]]:
-    """(start, end, path) of each region of this process that maps a file, in order; none where the system does not tell.
+class Region(NamedTuple):
+    """Addresses of this process that show a file.
+
+    Attributes:
+        start, end: its first address, and the one past its last.
+        path: as the system lists it, with links resolved.
+        offset: of its first byte in the file.
+        listed: (device, inode) as the system lists them, which on some file systems (btrfs, overlays) is not what stat says.
+        rights: as the system lists them, "rw-p" for a copy-on-write mapping.
+    """
+
+    start: int
+    end: int
+    path: str
+    offset: int
+    listed: tuple[int, int]
+    rights: str
+
+    @property
+    def private(self) -> bool:
+        """Pages that are written become this process's own."""
+        return self.rights.endswith("p")
+
+    @property
+    def writes_through(self) -> bool:
+        """What is written is the file's."""
+        return "w" in self.rights and not self.private
+
+    @classmethod
+    def parse(cls, line: str) -> Region | None:
+        """Of a line of /proc/self/maps (proc_pid_maps(5)); None if it maps no file that is still under its name."""
+        fields = line.rstrip("\n").split(maxsplit=5)
+        if len(fields) < 6 or not fields[5].startswith("/") or fields[5].endswith(" (deleted)"):
+            return None
+        addresses, rights, offset, device, inode, path = fields
+        start, _, end = addresses.partition("-")
+        major, _, minor = device.partition(":")
+        number = os.makedev(int(major, 16), int(minor, 16))
+        return cls(int(start, 16), int(end, 16), path, int(offset, 16), (number, int(inode)), rights)
+
+
+def mapped_files() -> list[Region]:
+    """Each region of this process that maps a file, in order; none where the system does not tell.
 
     Files that were removed or replaced since are left out: under their name there is nothing, or another file.
     """
     try:
         with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as file:
-            lines = [line.rstrip("\n").split(maxsplit=5) for line in file]
+            regions = [Region.parse(line) for line in file]
     except OSError:
         return []
-    found = [(line[0].partition("-"), line[5]) for line in lines if len(line) == 6]
-    return [(int(start, 16), int(end, 16), path) for (start, _, end), path in found
-            if path.startswith("/") and not path.endswith(" (deleted)")]
+    return [region for region in regions if region is not None]
+
+
+def written(start: int, end: int) -> bool | None:
+    """Whether a page of a copy-on-write mapping in [start, end) was written to; None where the system does not tell.
+
+    Asks for these pages alone (/proc/self/pagemap, 8 bytes a page), so it is the one to ask for each of many tensors.
+    """
+    first, last = start // mmap.PAGESIZE, -(-end // mmap.PAGESIZE)
+    try:
+        with open("/proc/self/pagemap", "rb", buffering=0) as file:
+            file.seek(first * 8)
+            entries = numpy.frombuffer(file.read((last - first) * 8), numpy.uint64)
+    except OSError:
+        return None
+    if len(entries) != last - first:
+        return None
+    state = entries >> numpy.uint64(61)  # present, swapped, of a file: the kernel's Documentation/admin-guide/mm/pagemap.rst
+    return bool(((state == 0b100) | (state & numpy.uint64(0b010) != 0)).any())
 
 
 def may_map(path: str) -> bool:

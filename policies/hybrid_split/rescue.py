@@ -20,6 +20,7 @@ from ...telemetry import emit
 from ..computing import Compute, ComputeAll, ComputeImage, ComputeStep, ComputeTiles, IgnoreError
 from ..policy import Decision, OutOfMemory, Proceed
 from ..requests import PlaceModel
+from ..sampling import SampleStep
 from .headroom import Headroom
 
 if TYPE_CHECKING:
@@ -92,11 +93,14 @@ class Rescue:
     def __init__(self, tools: Tools) -> None:
         self._memory, self._lifecycle = tools.host.memory, tools.host.lifecycle
         self.headroom = Headroom()
-        self.rules: dict[type[Any], Any] = {ComputeStep: self.compute, ComputeImage: self.compute, ComputeAll: self.compute,
-                                            ComputeTiles: self.tiles, IgnoreError: self.ignored}
+        self.rules: dict[type[Any], Any] = {SampleStep: self.step, ComputeStep: self.compute, ComputeImage: self.compute,
+                                            ComputeAll: self.compute, ComputeTiles: self.tiles, IgnoreError: self.ignored}
 
     def compute(self, request: Compute) -> Decision:
         return Decision("", partial(self._compute, request))
+
+    def step(self, request: SampleStep) -> Decision | None:
+        return self.compute(request) if request.alone and request.device.type != "cpu" else None
 
     def tiles(self, request: ComputeTiles) -> Decision | None:
         return Decision("", _refuse) if _situation.get().untiled else None

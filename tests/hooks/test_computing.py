@@ -16,10 +16,11 @@ import comfy.samplers
 import comfy.sd
 import pytest
 import torch
-from residency.hooks import HookRegistry, computing, host
+from residency.hooks import HookRegistry, computing, host, sampling
 from residency.hooks.shrinking import give_back, place_anew
 from residency.policies.computing import ComputeAll, ComputeImage, ComputeStep, ComputeTiles, IgnoreError
 from residency.policies.requests import Request
+from residency.policies.sampling import SampleStep
 from residency.telemetry.sinks import Ring
 
 CPU, DEVICE = torch.device("cpu"), torch.device("meta")
@@ -30,14 +31,15 @@ class Asked:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.request: Request | None = None
-        self.registry = HookRegistry(computing.HOOKS, self._answer)
-        for hook in computing.HOOKS:
+        hooks = (*computing.HOOKS, sampling.HOOKS[0])
+        self.registry = HookRegistry(hooks, self._answer)
+        for hook in hooks:
             site = hook.seam.resolve()
             stand_in: Any = lambda *args, **kwargs: "host"  # noqa: E731
             stand_in.__signature__ = inspect.signature(site.original)
             if hook.asks is not IgnoreError:
                 monkeypatch.setattr(site.owner, site.name, stand_in)
-        self.registry.sync({hook.asks for hook in computing.HOOKS})
+        self.registry.sync({hook.asks for hook in hooks})
 
     def _answer(self, request: Request, host: Callable[[Request], Any]) -> Any:
         self.request = request
@@ -69,7 +71,8 @@ def sd(kind: str, device: torch.device = DEVICE) -> Any:
 def test_a_sampling_step(asked: Asked) -> None:
     """With the model that runs it."""
     assert step(transformer_options={"wrappers": {"diffusion_model": {"key": []}}, "patches": {}}) == "host"
-    assert isinstance(asked.request, ComputeStep)
+    assert isinstance(asked.request, SampleStep)
+    assert asked.request.alone
     assert (asked.request.what, asked.request.device) == ("a sampling step", DEVICE)
 
 
@@ -78,10 +81,12 @@ def test_a_sampling_step(asked: Asked) -> None:
     {"transformer_options": {"patches_replace": {"dit": {0: print}}}},
     {"transformer_options": {"wrappers": {"diffusion_model": {"easycache": [print]}}}},
 ], ids=lambda options: str(options)[:50])
-def test_a_step_that_packs_take_part_in_is_none(asked: Asked, options: dict[str, Any]) -> None:
+def test_a_step_that_packs_take_part_in_is_not_repeated(asked: Asked, options: dict[str, Any]) -> None:
     """They may count steps: the sampling is repeated then, which starts them anew."""
     assert step(**options) == "host"
-    assert asked.request is None
+    assert isinstance(asked.request, SampleStep)
+    assert not asked.request.alone
+    assert not asked.request.branches()
 
 
 @pytest.mark.parametrize(("call", "kind", "what"), [
@@ -123,7 +128,7 @@ def test_random_numbers_are_put_back(asked: Asked) -> None:
     """To where they were when the host was called."""
     torch.manual_seed(5)
     step()
-    assert isinstance(asked.request, ComputeStep)
+    assert isinstance(asked.request, SampleStep)
     first = torch.randn(3)
     asked.request.rewind()
     assert torch.equal(first, torch.randn(3))

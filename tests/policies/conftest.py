@@ -163,6 +163,13 @@ class FakeServer:
         return str(self.root)
 
 
+class FakeProcess:
+    """A host whose twin nobody can be."""
+
+    def twin(self) -> dict[str, Any]:
+        return {"root": "", "arguments": b"", "package": "residency", "folder": "", "threads": 1, "process": (0, 0.0)}
+
+
 @pytest.fixture(scope="session", autouse=True)
 def quick_collections() -> Iterator[None]:
     """Collecting is what ends a model's life in these tests; what was imported before need not be looked at each time."""
@@ -175,7 +182,7 @@ def quick_collections() -> Iterator[None]:
 @pytest.fixture
 def tools(tmp_path: Path) -> Iterator[Tools]:
     """A bank and a ledger of the test's own."""
-    host = Host(FakeReading(), FakeFormats(), FakeMemory(), FakeLifecycle(), FakeModels(), FakeServer(tmp_path))
+    host = Host(FakeReading(), FakeFormats(), FakeMemory(), FakeLifecycle(), FakeModels(), FakeServer(tmp_path), FakeProcess())
     made = Tools(Bank(), Ledger(Limits(ram=2**30, pinned=2**30, pad=0)), host)
     yield made
     made.bank.empty()

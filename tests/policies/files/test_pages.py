@@ -248,7 +248,7 @@ def test_windows_does_not_map_what_it_cannot_look_at(monkeypatch: pytest.MonkeyP
 def test_mapped_files_are_listed_with_their_addresses(mapping: Mapping, tmp_path: Path) -> None:
     """Until they are replaced: what lies under the name then is another file."""
     def found() -> list[tuple[int, int]]:
-        return [(start, end) for start, end, path in pages.mapped_files() if path == mapping.path]
+        return [(region.start, region.end) for region in pages.mapped_files() if region.path == mapping.path]
 
     assert [(mapping.start, mapping.end)] == found()
     regions = pages.mapped_files()

@@ -16,6 +16,7 @@ from residency.policies.hybrid_split import HybridSplit, Settings
 from residency.policies.hybrid_split.headroom import Headroom
 from residency.policies.policy import OutOfMemory
 from residency.policies.requests import PlaceModel, Request
+from residency.policies.sampling import SampleStep
 from residency.telemetry.sinks import Ring
 
 MB = 2**20
@@ -369,6 +370,15 @@ def test_headroom_never_exceeds_the_model() -> None:
 
 def test_without_the_setting_nothing_is_hooked_for_it(tools: Tools) -> None:
     """The hot seams are left alone."""
-    kinds = {ComputeStep, ComputeImage, ComputeAll, ComputeTiles}
+    kinds = {SampleStep, ComputeStep, ComputeImage, ComputeAll, ComputeTiles}
     assert kinds <= HybridSplit(Settings(), tools).answers
     assert not kinds & HybridSplit(Settings(rescue=False), tools).answers
+
+
+@pytest.mark.parametrize(("device", "alone", "rescued"), [
+    (DEVICE, True, True), (DEVICE, False, False), (torch.device("cpu"), True, False)])
+def test_only_a_step_on_a_device_that_no_pack_takes_part_in_is_repeated(tools: Tools, device: torch.device, alone: bool,
+                                                                        rescued: bool) -> None:
+    """Packs may count steps."""
+    request = SampleStep("a sampling step", Model(None), device, lambda: None, alone, None, dict)
+    assert (HybridSplit(Settings(), tools).decide(request) is not None) is rescued

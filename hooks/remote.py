@@ -1,0 +1,63 @@
+"""A ComfyUI diffusion model as another process needs it: implements `policies.sampling.Remote`."""
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import comfy.model_base
+import comfy.model_management
+import torch
+
+# What a patcher holds beside the model's weights, and what it is when nothing is patched. Each is there in every release.
+_PATCHED = ("patches", "object_patches", "weight_wrapper_patches", "injections", "attachments", "hook_patches", "hook_mode",
+            "force_cast_weights")
+# Of the model: the patcher that has it now, and what a patcher notes about where its weights are.
+_PLACED: dict[str, Any] = {"current_patcher": None, "dynamic_vbars": {}, "dynamic_pins": {}, "device": None,
+                           "model_lowvram": False, "model_loaded_weight_memory": 0, "lowvram_patch_counter": 0,
+                           "current_weight_patches_uuid": None, "model_offload_buffer_memory": 0}
+
+
+class RemoteModel:
+    """Implements `policies.sampling.Remote` over a patcher of a diffusion model."""
+
+    def __init__(self, patcher: Any) -> None:
+        self._patcher = patcher
+
+    @property
+    def module(self) -> torch.nn.Module:
+        module: torch.nn.Module = self._patcher.model
+        return module
+
+    def as_built(self) -> Any:
+        model = copy.copy(self._patcher.model)  # shares its layers; only its own notes are replaced
+        model.__dict__ = {**model.__dict__, **{name: copy.copy(_PLACED[name]) for name in _PLACED if hasattr(model, name)}}
+        return model
+
+    def token(self) -> object:
+        hooks = self._patcher.current_hooks
+        strengths = tuple((id(hook), hook.strength) for hook in hooks.hooks) if hooks is not None else None
+        return id(self._patcher), self._patcher.patches_uuid, strengths
+
+    def patches(self) -> Mapping[str, Any]:
+        found = {name: getattr(self._patcher, name) for name in _PATCHED if hasattr(self._patcher, name)}
+        return {**found, "patches_uuid": self._patcher.patches_uuid, "current_hooks": self._patcher.current_hooks}
+
+    def known(self) -> Mapping[int, str]:
+        modules = {id(module): name for name, module in self._patcher.model.named_modules()}
+        return {**modules, id(self._patcher.model): ""}
+
+    def alters_layers(self) -> bool:
+        """Whether something beside weights is replaced in the layers: what packs inject, or a layer's own function."""
+        replaced = {name for name in self._patcher.object_patches if name != "model_sampling"}
+        return bool(replaced or self._patcher.injections or self._patcher.weight_wrapper_patches)
+
+    def place(self) -> None:
+        comfy.model_management.load_models_gpu([self._patcher])
+
+
+def remote_of(patcher: Any) -> RemoteModel | None:
+    """None for what does not predict as ComfyUI's diffusion models do: text encoders, VAEs, packs' own classes."""
+    model = getattr(patcher, "model", None)
+    ours = isinstance(model, comfy.model_base.BaseModel) and hasattr(patcher, "object_patches")
+    return RemoteModel(patcher) if ours else None
