@@ -56,6 +56,16 @@ NAMES = frozenset({
     "pin.failed",           # model, bytes, reason
     "rescue.repeated",      # what, model, attempt, freed_bytes, seconds to free them, error: a device had run out of memory
     "rescue.failed",        # what, model, attempts, freed_bytes, error: repeating did not help
+    "shard.started",        # workers: their devices, grouped: whether they exchange tensors, seconds
+    "shard.broken",         # reason: there are no workers, and everything is computed here
+    "shard.loaded",         # model, workers, mapped_bytes, copied_bytes, seconds
+    "shard.patched",        # model, workers, seconds
+    "shard.demoted",        # model, way: rows or heads, which is not taken any more, or local, which was taken; reason
+    "shard.finished",       # calls by way, dispatch_seconds, compute_seconds, sent_bytes, received_bytes: of a prompt; speedup
+                            # against the last predictions of the same shape by this process, if there were any
+    "shard.workers",        # by worker: private_bytes, shared_bytes: its part of all RAM, free_bytes on its device
+    "worker.lost",          # worker, device, reason
+    "worker.replaced",      # worker, device, seconds
     "memory.freed",         # device, wanted_bytes, models, seconds
     "memory.emptied",       # seconds
     "prompt.finished",      # prompt, ok, seconds, placing_seconds, read_bytes, private_bytes, file_bytes,

@@ -21,10 +21,11 @@ _INFO = frozenset({
     "file.changed", "file.unreadable", "model.placed", "prompt.finished", "plugin.started", "settings.changed",
     "memory.emptied", "cache.hit", "cache.evicted", "cache.preloaded", "cache.skipped", "cache.ready", "cache.stopped",
     "cache.imported", "snapshot.ready", "snapshot.restored", "split.planned", "split.insufficient", "split.capped",
-    "split.moved", "donors.placed", "donors.refused", "donors.left", "pin.failed",
+    "split.moved", "donors.placed", "donors.refused", "donors.left", "pin.failed", "shard.started", "shard.broken",
+    "shard.demoted", "shard.finished", "worker.lost", "worker.replaced",
 })
 _WARNING = frozenset({"hook.failed", "policy.failed", "policy.ineffective", "file.changed", "file.unreadable", "hook.shadowed",
-                      "cache.skipped", "split.insufficient", "donors.refused", "pin.failed"})
+                      "cache.skipped", "split.insufficient", "donors.refused", "pin.failed", "shard.broken", "worker.lost"})
 
 # What a line is about, in this order; then how it went, each with its preposition; and what comes last, after a colon.
 _SUBJECTS = ("file", "model", "hook", "policy", "request", "prompt", "type")

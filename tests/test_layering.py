@@ -12,9 +12,9 @@ import pytest
 from support.loading import ROOT
 
 # What policies share; `chain` is apart, only the composition root sees it.
-VOCABULARY = {"", "computing", "files", "host", "memory", "models", "policy", "requests", "weights"}
+VOCABULARY = {"", "computing", "files", "host", "memory", "models", "policy", "requests", "sampling", "weights"}
 # Everything else in `policies/` is a policy: its name, and the packages that it alone may import.
-POLICIES: dict[str, set[str]] = {"hybrid_split": set(), "preload_cache": set(), "zero_copy": set()}
+POLICIES: dict[str, set[str]] = {"hybrid_split": set(), "preload_cache": set(), "ray_shard": {"ray"}, "zero_copy": set()}
 HOST = {"comfy", "comfy_kitchen", "comfy_aimdo", "comfy_api", "comfy_execution", "comfyui_version", "execution", "folder_paths",
         "nodes", "server"}
 
@@ -26,6 +26,8 @@ LAYERS: dict[str, tuple[set[str], set[str] | None]] = {
     "vocabulary": ({"settings", "telemetry", "vocabulary"}, _NUMBERS),
     "chain": ({"settings", "telemetry", "vocabulary"}, set()),
     **{policy: ({"settings", "telemetry", "vocabulary", policy}, _NUMBERS | packages) for policy, packages in POLICIES.items()},
+    # A program that holds a ComfyUI model in a process of its own; the policy that starts it is as blind as the others.
+    "worker": ({"settings", "telemetry", "vocabulary", "ray_shard", "worker"}, _NUMBERS | {"comfy", "ray"}),
     "hooks": ({"settings", "telemetry", "vocabulary", "hooks"}, None),
     "plugin": ({"settings", "telemetry", "vocabulary", "chain", "hooks"}, None),
 }
@@ -49,8 +51,11 @@ BROAD = {
     ("policies/chain.py", "_tell"),
     ("policies/files/quants/fused.py", "_choose"),
     ("policies/preload_cache/preloader.py", "_one"),
+    ("policies/ray_shard/crew.py", "_run"),
     ("telemetry/__init__.py", "emit"),
 }
+# The one package that is not the plugin's own process, and so may know ComfyUI outside of `hooks/`.
+WORKER = ("policies", "ray_shard", "worker")
 LONGEST_MODULE = 250
 LONGEST_FUNCTION = 40
 # These return a tuple of hooks with their closures, or are a sequence of steps that reads better in one piece.
@@ -120,6 +125,8 @@ def layer(path: tuple[str, ...]) -> str | None:
     if head in {"settings", "telemetry", "hooks"}:
         return head
     if head == "policies":
+        if path[:len(WORKER)] == WORKER:
+            return "worker"
         if second == "chain":
             return "chain"
         return "vocabulary" if second in VOCABULARY else second if second in POLICIES else None
@@ -174,7 +181,7 @@ def test_imports_of_ours_are_relative(module: Module) -> None:
 
 @each_module
 def test_imports_of_others_follow_the_table(module: Module) -> None:
-    """Only `hooks/` knows ComfyUI and wrapt; policies know torch, files and numbers; the rest is the standard library."""
+    """Only `hooks/` and the worker know ComfyUI; policies know torch, files and numbers; the rest is the standard library."""
     mine = layer(own(module))
     _, allowed = LAYERS.get(mine or "", (set(), set()))
     if allowed is None:
@@ -183,10 +190,11 @@ def test_imports_of_others_follow_the_table(module: Module) -> None:
     found = {name.split(".")[0] for level, name in module.imports() if not level} - set(sys.stdlib_module_names)
 
     assert found - allowed - ALONE.get(module.path, set()) == set()
-    assert allowed & (HOST | {"wrapt"}) == set()
+    assert allowed & (HOST | {"wrapt"}) == ({"comfy"} if mine == "worker" else set())
 
 
-@pytest.mark.parametrize("module", [module for module in PRODUCT if module.package[:1] == ("policies",)],
+@pytest.mark.parametrize("module", [module for module in PRODUCT if module.package[:1] == ("policies",)
+                                    and module.package[:len(WORKER)] != WORKER],
                          ids=lambda module: module.path)
 def test_policies_read_nothing_of_the_hosts_objects(module: Module) -> None:
     """A policy that reads a patcher's fields knows the host, whatever it imports."""

@@ -1,0 +1,128 @@
+"""Several devices, one copy of the weights, any workflow.
+
+Samplers, guidance, ControlNets, previews and everything else go on in ComfyUI's process; only the model's own predictions are
+computed by workers, which are processes that Ray starts. Each holds the real ComfyUI model over the same mapping of the same
+file.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..policy import Decision, Policy, Proceed, Unfit
+from ..requests import BuildModel, PlaceModel, ReleaseModel, Request
+from ..sampling import BatchRoom, Predict, SampleStep
+from .settings import Settings, WorkerSettings
+
+if TYPE_CHECKING:
+    from .. import Tools
+
+__all__ = ["Settings", "create"]
+
+NAME = "ray_shard"
+_INSTALL = "it needs Ray: run `pip install \"ray>=2.40\"` in the environment of your ComfyUI"
+
+
+def create(settings: Settings, tools: Tools) -> Policy:
+    return RayShard(settings, tools)
+
+
+class RayShard(Policy):
+    """Has models predict in workers. Stands last of all policies: what it says of a placing is final."""
+
+    name = NAME
+
+    def __init__(self, settings: Settings, tools: Tools) -> None:
+        self.settings: Settings = settings
+        self._tools = tools
+        self._rules: dict[type[Request], Any] = {
+            BuildModel: self._build, PlaceModel: self._place, SampleStep: self._step, Predict: self._predict,
+            BatchRoom: self._room, ReleaseModel: self._release,
+        }
+        self.answers = frozenset(self._rules)
+
+    def start(self) -> None:
+        try:
+            from .crew import Crew
+            from .dispatch import Dispatcher
+            from .freight import Freighter
+        except ImportError as error:
+            raise Unfit(f"{_INSTALL} ({error})") from None
+        devices = self._devices()
+        host = self._tools.host
+        self._crew = Crew(self.settings, devices, host.process.twin, host.lifecycle.raise_if_cancelled)
+        self._freighter = Freighter(self._crew, self._tools.bank)
+        self._dispatcher = Dispatcher(self.settings, self._crew, self._freighter)
+
+    def _devices(self) -> Sequence[WorkerSettings]:
+        """A device for each worker."""
+        there = self._tools.host.memory.devices()
+        wanted = self.settings.workers or (WorkerSettings(),) * len(there)
+        if not self.settings.workers and len(there) < 2:
+            raise Unfit(f"workers = \"auto\" is one for each accelerator, and here {'is one' if there else 'are none'}")
+        free = iter([device for device in there if device not in {one.device for one in wanted}])
+        found = [replace(one, device=one.device or next(free, "" if there else "cpu")) for one in wanted]
+        missing = sorted({one.device for one in found if one.device != "cpu" and one.device not in there})
+        if missing:
+            raise Unfit(f"{len(found)} workers were asked for, and the devices here are {', '.join(there) or 'the CPU alone'}")
+        return found
+
+    def decide(self, request: Request) -> Decision | None:
+        rule: Any = self._rules.get(type(request))
+        return rule(request) if rule and not self._crew.broken else None
+
+    def prompt_ended(self) -> None:
+        if self._dispatcher.score.tell():
+            self._crew.report()
+
+    def emptied(self) -> None:
+        self._crew.tell("release")
+
+    def close(self) -> None:
+        self._crew.close()
+
+    def _build(self, request: BuildModel) -> Decision | None:
+        self._crew.wake()
+        return None
+
+    def _place(self, request: PlaceModel) -> Decision | None:
+        if request.remote is None:
+            return None
+        return Decision("its weights stay where they are; the workers compute with it", partial(self._stay, request))
+
+    def _stay(self, request: PlaceModel, proceed: Proceed) -> Any:
+        assert request.remote is not None
+        if self._freighter.of(request.remote) is None:
+            request.weights.take_off()
+            self._freighter.pack(request.remote)
+        elif request.weights.on_device() and request.device.type != "cpu":
+            request.weights.give_back(request.weights.on_device())  # it was computed here for once
+        return proceed(replace(request, more_bytes=0.0))
+
+    def _step(self, request: SampleStep) -> Decision | None:
+        if request.remote is None or self._freighter.of(request.remote) is None:
+            return None
+        branches = request.branches()
+        return Decision("", partial(_apart, request, branches)) if len(branches) > 1 else None
+
+    def _predict(self, request: Predict) -> Decision | None:
+        return None if self._freighter.of(request.remote) is None else Decision("", partial(self._dispatcher.act, request))
+
+    def _room(self, request: BatchRoom) -> Decision | None:
+        free = [worker.about["free_bytes"] for worker in self._crew.ready()] if request.module in self._freighter else []
+        return Decision("", lambda proceed: min(free)) if free else None
+
+    def _release(self, request: ReleaseModel) -> Decision | None:
+        if request.bytes_wanted != 0 and request.weights.module in self._freighter:
+            self._crew.tell("release", self._freighter.key(request.weights.module))
+        return None
+
+
+def _apart(request: SampleStep, branches: Mapping[int, Callable[[], list[torch.Tensor]]], proceed: Proceed) -> Any:
+    from .branches import side_by_side
+
+    return proceed(replace(request, run=partial(side_by_side, branches)))

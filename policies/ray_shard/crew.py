@@ -1,0 +1,221 @@
+"""All workers together: started in the background, asked side by side, replaced when they are lost."""
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import ray
+
+from ...telemetry import emit, log
+from . import actor as actor_module
+from . import cluster
+from .settings import Settings, WorkerSettings
+from .workers import Lost, Worker, is_dead, raise_if_failed
+
+_POLL = 0.05  # seconds between two looks at the user's Cancel
+_GRACE = 10.0  # seconds that a cancelled worker has to end its step
+_START = 240.0  # seconds
+_HELD = ("private_bytes", "shared_bytes", "free_bytes")
+
+
+class Crew:
+    """All workers.
+
+    Args:
+        devices: one for each worker, as torch calls it here.
+        twin: `policies.host.Process.twin`.
+        raise_if_cancelled: the host's, asked while somebody waits.
+
+    Attributes:
+        broken: why there are no workers, and will be none.
+        grouped: whether they exchange tensors among each other.
+    """
+
+    def __init__(self, settings: Settings, devices: Sequence[WorkerSettings], twin: Callable[[], dict[str, Any]],
+                 raise_if_cancelled: Callable[[], None]) -> None:
+        self._settings, self._twin, self._raise_if_cancelled = settings, twin, raise_if_cancelled
+        self._devices = devices
+        self._workers: list[Worker] = []
+        self._changing = 0  # so much is to be done until all workers are there and idle
+        self._changed = threading.Condition()
+        self._work: queue.SimpleQueue[tuple[bool, Callable[[], None]] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self.broken = ""
+        self.grouped = False
+
+    def wake(self) -> None:
+        """Starts the workers in the background, once."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="residency-ray", daemon=True)
+            self._change(self._start)
+            self._thread.start()
+
+    def ready(self) -> Sequence[Worker]:
+        """The workers, as soon as they are ready; none if they cannot be had, and why is in `broken`.
+
+        Raises:
+            BaseException: the host's Cancel.
+        """
+        self.wake()
+        waiting, told = time.monotonic(), False
+        while not self._is_steady():
+            self._raise_if_cancelled()
+            if not told and time.monotonic() - waiting > 2:
+                told = True
+                log.info("[residency] waiting for %d workers to be ready", len(self._devices))
+        return () if self.broken else self._workers
+
+    def gather(self, asked: Mapping[Worker, Any], seconds: float, check: Callable[[], None] = lambda: None) -> list[Any]:
+        """The answers of several workers, in order.
+
+        Raises:
+            Lost: one is dead, or does not answer in so many seconds.
+            Failed: one raised an error.
+            BaseException: the host's Cancel, or what `check` raises; the workers are told of it.
+        """
+        end = time.monotonic() + seconds
+        by_reference = {reference: worker for worker, reference in asked.items()}
+        pending, done = list(by_reference), set[Any]()
+        try:
+            while pending:
+                found, pending = ray.wait(pending, num_returns=len(pending), timeout=_POLL)
+                for reference in found:
+                    raise_if_failed(by_reference[reference], reference)
+                done.update(found)
+                self._raise_if_cancelled()
+                check()
+                if pending and time.monotonic() > end:
+                    raise Lost([by_reference[one] for one in pending], f"no answer in {seconds:.0f} s")
+        except BaseException:
+            self._change(partial(self._call_off, {by_reference[one]: one for one in by_reference if one not in done}))
+            raise
+        return [ray.get(reference) for reference in asked.values()]
+
+    def lose(self, workers: Sequence[Worker], why: str) -> None:
+        """Replaces workers, in the background."""
+        for worker in workers:
+            emit("worker.lost", worker=worker.rank, device=worker.device, reason=why)
+        self._change(partial(self._replace, workers))
+
+    def tell(self, what: str, *arguments: Any) -> None:
+        """Tells all workers something, in the background, as soon as it is their turn."""
+        if self._thread is not None:
+            self._work.put((False, partial(self._tell, what, arguments)))
+
+    def report(self) -> None:
+        """Has telemetry told what the workers hold, in the background."""
+        if self._thread is not None:
+            self._work.put((False, self._report))
+
+    def close(self) -> None:
+        """Ends the workers, and Ray if it was started here."""
+        if self._thread is not None:
+            self.broken = self.broken or "the policy was turned off"
+            self._change(self._stop)
+            self._work.put(None)
+            self._thread.join(_GRACE)
+
+    def _is_steady(self) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._changing, _POLL)
+
+    def _change(self, work: Callable[[], None]) -> None:
+        """Does something in the background that others wait for."""
+        with self._changed:
+            self._changing += 1
+        self._work.put((True, work))
+
+    def _run(self) -> None:
+        # Ray's processes end with this thread, so it goes on as long as the policy does.
+        while (item := self._work.get()) is not None:
+            changes, work = item
+            try:
+                work()
+            except Exception as error:
+                log.debug("workers failed", exc_info=error)
+                if changes:
+                    self.broken = f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}"
+                    emit("shard.broken", reason=self.broken)
+            with self._changed:
+                self._changing -= changes
+                self._changed.notify_all()
+
+    def _start(self) -> None:
+        started = time.perf_counter()
+        cluster.connect(self._settings, "residency" if self._settings.detached else f"residency-{os.getpid()}", 0)
+        self._workers = [Worker(rank, one.device, one.weight) for rank, one in enumerate(self._devices)]
+        self._spawn(self._workers)
+        emit("shard.started", workers=[worker.device for worker in self._workers], grouped=self.grouped,
+             seconds=time.perf_counter() - started)
+
+    def _spawn(self, workers: Sequence[Worker]) -> None:
+        ray.cloudpickle.register_pickle_by_value(actor_module)
+        made = ray.remote(num_cpus=0, max_restarts=0, concurrency_groups={"beside": 2})(actor_module.Actor)
+        twin, starting = self._twin(), {}
+        if all(worker.device == "cpu" for worker in self._workers):  # they share the cores
+            twin["threads"] = max(1, twin["threads"] // len(self._workers))
+        for worker in workers:
+            environment, device = cluster.environment(worker.device)
+            named = {"name": f"worker-{worker.rank}", "lifetime": "detached", "get_if_exists": True}
+            worker.handle = made.options(**named if self._settings.detached else {}).remote(dict(environment))
+            options = {"device": device, "orphan": self._settings.detached}
+            starting[worker] = worker.handle.start.remote(twin, options)
+        for worker, reference in starting.items():
+            worker.about = ray.get(reference, timeout=_START)
+        self._group()
+
+    def _group(self) -> None:
+        """The workers meet; where they cannot, each goes on by itself."""
+        self.grouped = False
+        if not self._settings.heads or len(self._workers) < 2:
+            return
+        try:
+            address = ray.get(self._workers[0].tell("address", self._settings.is_local), timeout=_GRACE)
+            shares = [worker.weight for worker in self._workers]
+            joining = [worker.ask("join", rank, address, shares, self._settings.timeout_seconds, self._settings.self_test)
+                       for rank, worker in enumerate(self._workers)]
+            ray.get(joining, timeout=self._settings.timeout_seconds)
+            self.grouped = True
+        except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
+            emit("shard.demoted", model="all", way="heads", reason=f"the workers did not meet: {error}")
+
+    def _replace(self, workers: Sequence[Worker]) -> None:
+        started = time.perf_counter()
+        for worker in workers:
+            ray.kill(worker.handle)
+            worker.forget()
+        self._spawn(workers)
+        for worker in workers:
+            emit("worker.replaced", worker=worker.rank, device=worker.device, seconds=time.perf_counter() - started)
+
+    def _call_off(self, asked: Mapping[Worker, Any]) -> None:
+        """Lets cancelled workers end their step; who does not is replaced."""
+        if not asked:
+            return
+        telling = [worker.tell("cancel", True) for worker in asked]
+        ray.wait(telling, num_returns=len(telling), timeout=1)
+        _, stuck = ray.wait(list(asked.values()), num_returns=len(asked), timeout=_GRACE)
+        late = [worker for worker, reference in asked.items() if reference in stuck or is_dead(reference)]
+        ray.get([worker.tell("cancel", False) for worker in asked if worker not in late], timeout=_GRACE)
+        if late:
+            self.lose(late, "it did not end its step")
+        elif self.grouped:
+            self._group()
+
+    def _tell(self, what: str, arguments: Sequence[Any]) -> None:
+        ray.wait([worker.ask(what, *arguments) for worker in self._workers], num_returns=len(self._workers), timeout=_GRACE)
+
+    def _report(self) -> None:
+        about = ray.get([worker.tell("about") for worker in self._workers], timeout=_GRACE)
+        emit("shard.workers", **{name: {f"worker {rank}": one[name] for rank, one in enumerate(about)} for name in _HELD})
+
+    def _stop(self) -> None:
+        if not self._settings.detached:
+            for worker in self._workers:
+                ray.kill(worker.handle)
+        cluster.disconnect()

@@ -1,0 +1,160 @@
+"""A model's prediction for a batch, computed by the workers.
+
+Rows of a batch do not know of each other, and heads of an attention neither, so each way gives what the host alone would give.
+Where a way is not possible, or goes wrong, the next one is taken, and at last the host predicts itself: the same step, with the
+same arguments.
+"""
+from __future__ import annotations
+
+import pickle
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...telemetry import emit
+from ..files.provenance import FileChanged
+from ..policy import Proceed
+from ..sampling import Predict
+from . import rows
+from .branches import lane
+from .crew import Crew
+from .freight import Freight, Freighter
+from .parcels import Parcel, unpack
+from .score import Score
+from .settings import Settings
+from .workers import Failed, Lost, Worker
+
+ROWS, HEADS, LOCAL = "rows", "heads", "local"
+# The largest difference, of the largest value, that another order of summing explains, by what is computed in.
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-7}
+_COARSE = 0.03
+_UNSENDABLE = (pickle.PicklingError, TypeError, AttributeError, FileChanged)
+
+
+class Unsuited(Exception):
+    """A way that does not lead to the result, or saves nothing, for this model and what is patched in it."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a batch is shared out."""
+
+    name: str
+    shares: Sequence[rows.Share]
+
+
+class Dispatcher:
+    """Answers `Predict`."""
+
+    def __init__(self, settings: Settings, crew: Crew, freighter: Freighter) -> None:
+        self._settings, self._crew, self._freighter = settings, crew, freighter
+        self._refused: set[tuple[str, str, str]] = set()  # (model, what is patched, way)
+        self._verified: set[tuple[Any, ...]] = set()
+        self._told: set[tuple[str, str, str]] = set()
+        self._here = threading.Lock()  # one branch at a time, and no other model is placed meanwhile
+        self.score = Score()
+
+    def act(self, request: Predict, proceed: Proceed) -> Any:
+        workers = lane().of(self._crew.ready())
+        reason = self._crew.broken
+        if workers:
+            try:
+                freight = self._freighter.deliver(request.remote, workers)
+                for way in self._ways(request, freight, workers):
+                    try:
+                        return self._verify(request, proceed, freight, way, workers)
+                    except Unsuited as unsuited:
+                        reason = str(unsuited)
+                        self._refused.add((freight.key, freight.digest, way.name))
+                        self._tell(request, way.name, reason)
+            except Lost as lost:
+                reason = str(lost)
+                self._crew.lose(lost.workers, reason)
+            except Failed as failed:
+                reason = str(failed)
+            except _UNSENDABLE as error:
+                reason = f"it cannot be sent: {type(error).__name__}: {error}"
+        self._tell(request, LOCAL, reason or "no way is left that suits it")
+        return self._predict_here(request, proceed)
+
+    def _ways(self, request: Predict, freight: Freight, workers: Sequence[Worker]) -> Iterator[Way]:
+        """In the order in which they are tried. Packs see the whole batch, on every worker that they are asked on."""
+        count = request.x.shape[0]
+        whole = rows.Share(0, tuple(range(count)), tuple(range(rows.chunks_of(request.rest, count))))
+        shares = [whole] if request.guests or not self._settings.rows else rows.split(
+            count, len(whole.chunks), [worker.weight for worker in workers], rows.belong_together(request.rest))
+        ways = [Way(ROWS, shares)]
+        if self._crew.grouped and lane().count == 1:
+            together = Way(HEADS, [rows.Share(place, whole.rows, whole.chunks) for place in range(len(workers))])
+            ways.insert(0 if len(shares) == 1 else 1, together)
+        return (way for way in ways if (freight.key, freight.digest, way.name) not in self._refused)
+
+    def _verify(self, request: Predict, proceed: Proceed, freight: Freight, way: Way, workers: Sequence[Worker]) -> Any:
+        """The workers' answer, or the host's own where both were computed to be compared."""
+        answer = self._elsewhere(request, freight, way, workers)
+        patched = freight.digest if request.guests else ""
+        kind = (freight.name, patched, way.name, len(way.shares), *request.x.shape)
+        if self._settings.verify == "off" or (self._settings.verify == "first_step" and kind in self._verified):
+            return answer
+        expected = self._predict_here(request, proceed)
+        error = float((answer.float() - expected.float()).abs().max() / expected.abs().max().clamp(min=1e-12))
+        if error <= _tolerance(request):
+            self._verified.add(kind)
+        else:
+            self._refused.add((freight.key, freight.digest, way.name))
+            self._tell(request, LOCAL, f"shared out by {way.name} it differs by {error:.1e}")
+        return expected
+
+    def _elsewhere(self, request: Predict, freight: Freight, way: Way, workers: Sequence[Worker]) -> torch.Tensor:
+        started = time.perf_counter()
+        asked, sent = {}, 0
+        for share in way.shares:
+            worker = workers[share.worker]
+            parcel = self._parcel(request, share, worker)
+            sent += len(parcel.data) + parcel.copied_bytes
+            asked[worker] = worker.ask("predict", freight.key, freight.digest, parcel, way.name == HEADS, request.guests)
+        answers = self._crew.gather(asked, self._settings.timeout_seconds, lane().check)
+        for worker, answer in zip(asked, answers, strict=True):
+            worker.about["free_bytes"] = answer["free_bytes"]
+        if any(answer["stateful"] for answer in answers):
+            raise Unsuited("a pack keeps a state of its own from step to step, which is here")
+        if way.name == HEADS and not any(answer["shared"] for answer in answers):
+            raise Unsuited("no attention of it could be shared")
+        parts = [unpack(answer["answer"], writable=True) for answer in (answers if way.name == ROWS else answers[:1])]
+        whole = rows.join(way.shares, parts) if way.name == ROWS else parts[0]
+        self.score.elsewhere(way.name, _like(request), time.perf_counter() - started, answers, sent)
+        return whole.to(request.x.device)
+
+    def _parcel(self, request: Predict, share: rows.Share, worker: Worker) -> Parcel:
+        part = rows.part({"x": request.x, **request.rest}, share, request.x.shape[0])
+        return worker.sent.pack(part.pop("x"), part)
+
+    def _predict_here(self, request: Predict, proceed: Proceed) -> torch.Tensor:
+        with self._here:
+            request.remote.place()
+            started = time.perf_counter()
+            answer: torch.Tensor = proceed()
+            self.score.here(_like(request), time.perf_counter() - started)
+        return answer
+
+    def _tell(self, request: Predict, way: str, reason: str) -> None:
+        """Once for each reason."""
+        model = type(request.remote.module).__name__
+        if (model, way, reason) not in self._told:
+            self._told.add((model, way, reason))
+            emit("shard.demoted", model=model, way=way, reason=reason)
+
+
+def _tolerance(request: Predict) -> float:
+    """Weights and latents are summed in the coarser of their dtypes, at best."""
+    kinds = {request.x.dtype, *(parameter.dtype for parameter in request.remote.module.parameters())}
+    return max(_TOLERANCE.get(kind, _COARSE) for kind in kinds)
+
+
+def _like(request: Predict) -> tuple[Any, ...]:
+    """Predictions that take about as long."""
+    return (type(request.remote.module).__name__, *request.x.shape)

@@ -1,0 +1,118 @@
+"""What workers have of a model: weights as built, and what is patched. Sent when it changed, acknowledged before a step."""
+from __future__ import annotations
+
+import hashlib
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary, finalize
+
+import ray
+import torch
+
+from ...telemetry import emit
+from ..files.bank import Bank
+from ..models import Remote
+from .crew import Crew
+from .parcels import Parcel, pack
+from .workers import Worker
+
+_LOADING = 600.0  # seconds
+
+
+@dataclass
+class Freight:
+    """One model.
+
+    Attributes:
+        key: what the workers call it.
+        stored: a reference to its parcel, once it is in Ray's store.
+        digest: of what is patched.
+        token: what the host said when that was pickled.
+    """
+
+    key: str
+    name: str
+    model: Parcel
+    stored: Any = None
+    patches: Any = None
+    digest: str = ""
+    token: object = field(default_factory=object)
+
+
+class Freighter:
+    """Packs models, and brings them to the workers."""
+
+    def __init__(self, crew: Crew, bank: Bank) -> None:
+        self._crew, self._bank = crew, bank
+        self._freights: WeakKeyDictionary[torch.nn.Module, Freight] = WeakKeyDictionary()
+        self._numbers = itertools.count(1)
+
+    def pack(self, remote: Remote) -> None:
+        """Packs a model, once, while nothing of it is patched or on a device.
+
+        Raises:
+            Exception: it cannot be pickled.
+        """
+        if remote.module in self._freights:
+            return
+        key = f"{type(remote.module).__name__}-{next(self._numbers)}"
+        self._freights[remote.module] = Freight(key, type(remote.module).__name__, pack(remote.as_built(), self._bank))
+        finalize(remote.module, self._crew.tell, "forget", key)
+
+    def of(self, remote: Remote) -> Freight | None:
+        """The freight of a model; None where it was not packed."""
+        return self._freights.get(remote.module)
+
+    def __contains__(self, module: torch.nn.Module) -> bool:
+        return module in self._freights
+
+    def key(self, module: torch.nn.Module) -> str:
+        """What the workers call it."""
+        return self._freights[module].key
+
+    def deliver(self, remote: Remote, workers: Sequence[Worker]) -> Freight:
+        """Sees to it that these workers have the model, and what is patched.
+
+        Raises:
+            Lost, Failed: a worker could not take it.
+            Exception: what is patched cannot be pickled.
+        """
+        freight = self._freights[remote.module]
+        self._repack(remote, freight)
+        without = [worker for worker in workers if freight.key not in worker.models]
+        if without:
+            self._load(freight, without)
+        other = [worker for worker in workers if worker.models[freight.key] != freight.digest]
+        if other:
+            started = time.perf_counter()
+            asked = {worker: worker.ask("patch", freight.key, freight.digest, freight.patches) for worker in other}
+            self._crew.gather(asked, _LOADING)
+            for worker in other:
+                worker.models[freight.key] = freight.digest
+            emit("shard.patched", model=freight.name, workers=len(other), seconds=time.perf_counter() - started)
+        return freight
+
+    def _repack(self, remote: Remote, freight: Freight) -> None:
+        token = remote.token()
+        if token == freight.token:
+            return
+        parcel = pack(remote.patches(), self._bank, known=remote.known())
+        digest = hashlib.sha256(parcel.data)
+        for buffer in parcel.buffers:
+            digest.update(buffer)
+        if digest.hexdigest() != freight.digest:
+            freight.patches, freight.digest = ray.put(parcel), digest.hexdigest()
+        freight.token = token
+
+    def _load(self, freight: Freight, workers: Sequence[Worker]) -> None:
+        started = time.perf_counter()
+        if freight.stored is None:
+            freight.stored = ray.put(freight.model)
+        self._crew.gather({worker: worker.ask("load", freight.key, freight.stored) for worker in workers}, _LOADING)
+        for worker in workers:
+            worker.models[freight.key] = ""
+        emit("shard.loaded", model=freight.name, workers=len(workers), mapped_bytes=freight.model.mapped_bytes,
+             copied_bytes=freight.model.copied_bytes, seconds=time.perf_counter() - started)

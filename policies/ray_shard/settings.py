@@ -1,0 +1,65 @@
+"""The table `[ray_shard]`."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+_LOCAL = "local"
+_WORKERS = 'write "auto", a number from 1 to 64, or a list: [{ device = "cuda:0" }, { device = "cuda:1", weight = 0.6 }]'
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """A worker.
+
+    Attributes:
+        device: that it computes on, as torch calls it here; "" is the next that nobody has.
+        weight: its share of the work, beside the others'.
+    """
+
+    device: str = ""
+    weight: float = 1.0
+
+
+def parse_workers(value: Any) -> tuple[WorkerSettings, ...]:
+    """What `workers` stands for; () is "auto": one for each accelerator.
+
+    Raises:
+        ValueError: it is none of what it may be.
+    """
+    if value == "auto":
+        return ()
+    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 64:
+        return (WorkerSettings(),) * value
+    if isinstance(value, list) and value and len(value) <= 64:
+        return tuple(map(_worker, value))
+    raise ValueError(f"{_WORKERS}; this is {value!r}")
+
+
+def _worker(table: Any) -> WorkerSettings:
+    if not isinstance(table, Mapping) or set(table) - {"device", "weight"}:
+        raise ValueError(f"{_WORKERS}; one of them is {table!r}")
+    device, weight = table.get("device", ""), table.get("weight", 1.0)
+    if not isinstance(device, str):
+        raise ValueError(f'device is a name such as "cuda:0", not {device!r}')
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight <= 1000:
+        raise ValueError(f"weight is a number above 0, and at most 1000, not {weight!r}")
+    return WorkerSettings(device, float(weight))
+
+
+@dataclass(frozen=True)
+class Settings:
+    workers: tuple[WorkerSettings, ...] = field(default=(), metadata={"parse": parse_workers})
+    address: str = _LOCAL
+    detached: bool = False
+    rows: bool = True
+    heads: bool = True
+    verify: str = field(default="first_step", metadata={"choices": ("off", "first_step", "always")})
+    self_test: bool = True
+    timeout_seconds: float = field(default=120, metadata={"minimum": 5})
+
+    @property
+    def is_local(self) -> bool:
+        """Whether Ray is started and stopped here."""
+        return self.address == _LOCAL

@@ -1,0 +1,152 @@
+"""The program that runs in a worker's process: it holds ComfyUI's own models and predicts with them."""
+from __future__ import annotations
+
+import gc
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import psutil
+import torch
+
+from ...memory import process_memory
+from ..memo import Received
+from ..parcels import Parcel, pack
+from .group import Group, open_port
+from .start import become, end_with
+
+
+class Program:
+    """What the host asks of a worker.
+
+    Args:
+        twin: `policies.host.Process.twin`.
+        device: that it computes on, as torch calls it in this process.
+        orphan: whether it outlives the host.
+    """
+
+    def __init__(self, twin: Mapping[str, Any], device: str, orphan: bool) -> None:
+        become(twin, device)
+        if not orphan:
+            end_with(*twin["process"])
+        import comfy.model_management as management
+
+        from . import attention
+        from .models import Models
+
+        self._management, self._attention = management, attention
+        self._device = management.get_torch_device()
+        self._models = Models(self._device, management.unet_offload_device())
+        self._received = Received()
+        self._group: Group | None = None
+        self._shares: Sequence[float] = ()
+
+    def about(self) -> dict[str, Any]:
+        """Where it runs, and what memory it has: bytes free on its device, bytes of RAM: its own, and its part of all."""
+        memory = process_memory()
+        info = psutil.Process().memory_full_info()
+        return {"pid": psutil.Process().pid, "device": str(self._device), "free_bytes": self._free(),
+                "private_bytes": memory.private, "shared_bytes": getattr(info, "pss", 0)}
+
+    def load(self, key: str, parcel: Parcel) -> None:
+        """Takes a model as it was built."""
+        with torch.inference_mode():
+            self._models.add(key, parcel)
+        self._attention.install()
+
+    def patch(self, key: str, digest: str, parcel: Parcel) -> None:
+        """Takes what is patched; from then on it predicts with it."""
+        with torch.inference_mode():
+            self._models[key].patch(digest, parcel)
+
+    def predict(self, key: str, digest: str, parcel: Parcel, heads: bool, guests: bool) -> dict[str, Any]:
+        """One batch.
+
+        Args:
+            heads: of each attention only this worker's are computed; all workers are asked at the same time.
+            guests: packs take part, and are looked at for a state of their own.
+
+        Raises:
+            KeyError: the model, or what is patched, is not here.
+            PeerLost: another worker did not take part.
+        """
+        started = time.perf_counter()
+        with torch.inference_mode():
+            model = self._models[key]
+            model.must_have(digest)
+            arguments = self._received.open(parcel, self._device)
+            options = dict(arguments["transformer_options"])
+            before = pack(options, files=False).data if guests else b""
+            ready = time.perf_counter()
+            answer, shared = self._shared(model, arguments) if heads else (model.predict(arguments), 0)
+            computed = time.perf_counter()
+            stateful = guests and pack(options, files=False).data != before
+            packed = pack(answer, files=False)
+        return {"answer": packed, "seconds": time.perf_counter() - started, "compute_seconds": computed - ready,
+                "free_bytes": self._free(), "shared": shared, "stateful": stateful}
+
+    def _shared(self, model: Any, arguments: dict[str, Any]) -> tuple[torch.Tensor, int]:
+        """(the prediction, calls of attention that were shared)."""
+        from .group import PeerLost
+        from .heads import HeadParallel
+
+        if self._group is None:
+            raise PeerLost("the workers have not met")
+        parallel = HeadParallel(self._group, self._shares)
+        options = arguments["transformer_options"]
+        theirs = options.get("optimized_attention_override")
+        arguments["transformer_options"] = {**options, "optimized_attention_override": parallel.over(theirs)}
+        try:
+            with self._attention.sharing(parallel):
+                return model.predict(arguments), parallel.shared
+        except BaseException:
+            self._leave()  # the others wait for this one no longer
+            raise
+
+    def address(self, local: bool) -> str:
+        """Where the workers can meet, on this worker's machine."""
+        host = "127.0.0.1" if local else socket.gethostbyname(socket.gethostname())
+        return f"{host}:{open_port(host)}"
+
+    def join(self, rank: int, address: str, shares: Sequence[float], timeout: float, test: bool) -> None:
+        """Meets the other workers there.
+
+        Raises:
+            PeerLost: not all came, or the test did not give what it should.
+        """
+        self._leave()
+        self._group = Group(rank, len(shares), address, device=self._device, timeout=timeout)
+        self._shares = shares
+        if test:
+            mine = torch.full((1, 3), float(rank), device=self._device)
+            met = self._group.gather(mine, 0, [1] * len(shares))
+            if met[:, 0].tolist() != list(map(float, range(len(shares)))):
+                raise RuntimeError(f"the workers exchanged {met[:, 0].tolist()}")
+
+    def _leave(self) -> None:
+        if self._group is not None:
+            self._group.close()
+            self._group = None
+
+    def release(self, key: str | None = None) -> None:
+        """Takes a model, or all, off the device; their weights are the file's mapping again."""
+        with torch.inference_mode():
+            self._models.release(key)
+        self._management.soft_empty_cache()
+
+    def forget(self, key: str) -> None:
+        """The host has no such model any more."""
+        with torch.inference_mode():
+            self._models.remove(key)
+        gc.collect()
+        self._management.soft_empty_cache()
+
+    def cancel(self, cancelled: bool) -> None:
+        """The step that is being computed ends at its next layer; told beside it."""
+        self._management.interrupt_current_processing(cancelled)
+        if cancelled and self._group is not None:
+            self._group.close()  # it may wait for another worker there
+
+    def _free(self) -> int:
+        return int(self._management.get_free_memory(self._device))
