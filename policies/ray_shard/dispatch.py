@@ -9,7 +9,7 @@ from __future__ import annotations
 import pickle
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,7 @@ class Dispatcher:
 
     def __init__(self, settings: Settings, crew: Crew, freighter: Freighter) -> None:
         self._settings, self._crew, self._freighter = settings, crew, freighter
-        self._refused: set[tuple[str, str, str]] = set()  # (model, what is patched, way)
+        self._refused: dict[tuple[Any, ...], str] = {}  # why, by model, what is patched, packs that take part, and way
         self._verified: set[tuple[Any, ...]] = set()
         self._told: set[tuple[str, str, str]] = set()
         self._here = threading.Lock()  # one branch at a time, and no other model is placed meanwhile
@@ -64,13 +64,14 @@ class Dispatcher:
         if workers:
             try:
                 freight = self._freighter.deliver(request.remote, workers)
-                for way in self._ways(request, freight, workers):
+                for way in self._ways(request, workers):
+                    reason = self._refused.get(_case(request, freight, way), "")
+                    if reason:
+                        continue
                     try:
                         return self._verify(request, proceed, freight, way, workers)
                     except Unsuited as unsuited:
-                        reason = str(unsuited)
-                        self._refused.add((freight.key, freight.digest, way.name))
-                        self._tell(request, way.name, reason)
+                        reason = self._refuse(request, freight, way, str(unsuited))
             except Lost as lost:
                 reason = str(lost)
                 self._crew.lose(lost.workers, reason)
@@ -78,10 +79,16 @@ class Dispatcher:
                 reason = str(failed)
             except _UNSENDABLE as error:
                 reason = f"it cannot be sent: {type(error).__name__}: {error}"
-        self._tell(request, LOCAL, reason or "no way is left that suits it")
+        self._tell(request, LOCAL, reason)
         return self._predict_here(request, proceed)
 
-    def _ways(self, request: Predict, freight: Freight, workers: Sequence[Worker]) -> Iterator[Way]:
+    def _refuse(self, request: Predict, freight: Freight, way: Way, reason: str) -> str:
+        """Does not go this way again."""
+        self._refused[_case(request, freight, way)] = reason
+        self._tell(request, way.name, reason)
+        return reason
+
+    def _ways(self, request: Predict, workers: Sequence[Worker]) -> list[Way]:
         """In the order in which they are tried. Packs see the whole batch, on every worker that they are asked on."""
         count = request.x.shape[0]
         whole = rows.Share(0, tuple(range(count)), tuple(range(rows.chunks_of(request.rest, count))))
@@ -91,13 +98,12 @@ class Dispatcher:
         if self._crew.grouped and lane().count == 1:
             together = Way(HEADS, [rows.Share(place, whole.rows, whole.chunks) for place in range(len(workers))])
             ways.insert(0 if len(shares) == 1 else 1, together)
-        return (way for way in ways if (freight.key, freight.digest, way.name) not in self._refused)
+        return ways
 
     def _verify(self, request: Predict, proceed: Proceed, freight: Freight, way: Way, workers: Sequence[Worker]) -> Any:
         """The workers' answer, or the host's own where both were computed to be compared."""
         answer = self._elsewhere(request, freight, way, workers)
-        patched = freight.digest if request.guests else ""
-        kind = (freight.name, patched, way.name, len(way.shares), *request.x.shape)
+        kind = (freight.name, request.guests, way.name, len(way.shares), *request.x.shape)
         if self._settings.verify == "off" or (self._settings.verify == "first_step" and kind in self._verified):
             return answer
         expected = self._predict_here(request, proceed)
@@ -105,8 +111,7 @@ class Dispatcher:
         if error <= _tolerance(request):
             self._verified.add(kind)
         else:
-            self._refused.add((freight.key, freight.digest, way.name))
-            self._tell(request, LOCAL, f"shared out by {way.name} it differs by {error:.1e}")
+            self._refuse(request, freight, way, f"what the workers computed differs by {error:.1e} of the largest value")
         return expected
 
     def _elsewhere(self, request: Predict, freight: Freight, way: Way, workers: Sequence[Worker]) -> torch.Tensor:
@@ -116,7 +121,7 @@ class Dispatcher:
             worker = workers[share.worker]
             parcel = self._parcel(request, share, worker)
             sent += len(parcel.data) + parcel.copied_bytes
-            asked[worker] = worker.ask("predict", freight.key, freight.digest, parcel, way.name == HEADS, request.guests)
+            asked[worker] = worker.ask("predict", freight.key, freight.digest, parcel, way.name == HEADS, bool(request.guests))
         answers = self._crew.gather(asked, self._settings.timeout_seconds, lane().check)
         for worker, answer in zip(asked, answers, strict=True):
             worker.about["free_bytes"] = answer["free_bytes"]
@@ -147,6 +152,11 @@ class Dispatcher:
         if (model, way, reason) not in self._told:
             self._told.add((model, way, reason))
             emit("shard.demoted", model=model, way=way, reason=reason)
+
+
+def _case(request: Predict, freight: Freight, way: Way) -> tuple[Any, ...]:
+    """What a way suits, or does not."""
+    return freight.key, freight.digest, request.guests, way.name
 
 
 def _tolerance(request: Predict) -> float:
