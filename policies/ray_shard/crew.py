@@ -91,8 +91,10 @@ class Crew:
                 check()
                 if pending and time.monotonic() > end:
                     raise Lost([by_reference[one] for one in pending], f"no answer in {seconds:.0f} s")
-        except BaseException:
-            self._change(partial(self._call_off, {by_reference[one]: one for one in by_reference if one not in done}))
+        except BaseException as error:
+            gone = error.workers if isinstance(error, Lost) else ()  # who asked has them replaced
+            left = {worker: one for one, worker in by_reference.items() if one not in done and worker not in gone}
+            self._change(partial(self._call_off, left, regroup=not gone))
             raise
         return [ray.get(reference) for reference in asked.values()]
 
@@ -193,8 +195,8 @@ class Crew:
         for worker in workers:
             emit("worker.replaced", worker=worker.rank, device=worker.device, seconds=time.perf_counter() - started)
 
-    def _call_off(self, asked: Mapping[Worker, Any]) -> None:
-        """Lets cancelled workers end their step; who does not is replaced."""
+    def _call_off(self, asked: Mapping[Worker, Any], regroup: bool) -> None:
+        """Lets cancelled workers end their step; who does not is replaced. They meet again, if they will not anyway."""
         if not asked:
             return
         telling = [worker.tell("cancel", True) for worker in asked]
@@ -204,7 +206,7 @@ class Crew:
         ray.get([worker.tell("cancel", False) for worker in asked if worker not in late], timeout=_GRACE)
         if late:
             self.lose(late, "it did not end its step")
-        elif self.grouped:
+        elif self.grouped and regroup:
             self._group()
 
     def _tell(self, what: str, arguments: Sequence[Any]) -> None:
