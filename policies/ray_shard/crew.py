@@ -15,7 +15,7 @@ from ...telemetry import emit, log
 from . import actor as actor_module
 from . import cluster
 from .settings import Settings, WorkerSettings
-from .workers import Lost, Worker, answer_of, is_dead
+from .workers import Lost, Worker, answer_of, in_a_line, is_dead
 
 _POLL = 0.05  # seconds between two looks at the user's Cancel
 _GRACE = 10.0  # seconds that a cancelled worker has to end its step
@@ -140,7 +140,7 @@ class Crew:
             except Exception as error:
                 log.debug("workers failed", exc_info=error)
                 if changes and not self.broken:
-                    self.broken = f"{type(error).__name__}: {''.join(str(error).strip().splitlines()[-1:])}"
+                    self.broken = in_a_line(error)
                     emit("shard.broken", reason=self.broken)
                     self._work.put((False, self._stop))  # nobody asks those that are left
             with self._changed:
@@ -185,7 +185,7 @@ class Crew:
             ray.get(joining, timeout=self._settings.timeout_seconds)
             self.grouped = True
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
-            emit("shard.demoted", model="all", way="heads", reason=f"the workers did not meet: {error}")
+            emit("shard.demoted", model="all", way="heads", reason=f"the workers did not meet: {in_a_line(error)}")
 
     def _replace(self, workers: Sequence[Worker]) -> None:
         if self.broken:

@@ -67,10 +67,8 @@ def answer_of(worker: Worker, reference: Any) -> Any:
         return ray.get(reference)
     except ray.exceptions.RayActorError as error:
         raise Lost([worker], f"{where} is dead") from error
-    except ray.exceptions.RayTaskError as error:
-        raise Failed(f"{where}: {type(error.cause).__name__}: {error.cause}") from error
     except ray.exceptions.RayError as error:
-        raise Failed(f"{where}: {type(error).__name__}: {error}") from error
+        raise Failed(f"{where}: {in_a_line(error)}") from error
 
 
 def is_dead(reference: Any) -> bool:
@@ -82,3 +80,9 @@ def is_dead(reference: Any) -> bool:
     except ray.exceptions.RayError:  # it raised an error, or is at it still
         return False
     return False
+
+
+def in_a_line(error: BaseException) -> str:
+    """Kind and words of an error; of one that a worker raised, without Ray's and without the traceback."""
+    cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None else error
+    return f"{type(cause).__name__}: {''.join(str(cause).strip().splitlines()[-1:])}"
