@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 
+from ..models import Remote
 from ..policy import Decision, Policy, Proceed, Unfit
 from ..requests import BuildModel, PlaceModel, ReleaseModel, Request
 from ..sampling import BatchRoom, Predict, SampleStep
@@ -44,6 +46,8 @@ class RayShard(Policy):
             BatchRoom: self._room, ReleaseModel: self._release,
         }
         self.answers = frozenset(self._rules)
+        self._started = False
+        self._left: WeakSet[torch.nn.Module] = WeakSet()  # to the host: they cannot be packed
 
     def start(self) -> None:
         try:
@@ -57,6 +61,7 @@ class RayShard(Policy):
         self._crew = Crew(self.settings, devices, host.process.twin, host.lifecycle.raise_if_cancelled)
         self._freighter = Freighter(self._crew, self._tools.bank)
         self._dispatcher = Dispatcher(self.settings, self._crew, self._freighter)
+        self._started = True
 
     def _devices(self) -> Sequence[WorkerSettings]:
         """A device for each worker."""
@@ -66,9 +71,10 @@ class RayShard(Policy):
             raise Unfit(f"workers = \"auto\" is one for each accelerator, and here {'is one' if there else 'are none'}")
         free = iter([device for device in there if device not in {one.device for one in wanted}])
         found = [replace(one, device=one.device or next(free, "" if there else "cpu")) for one in wanted]
-        missing = sorted({one.device for one in found if one.device != "cpu" and one.device not in there})
+        missing = {one.device for one in found if one.device != "cpu" and one.device not in there}
         if missing:
-            raise Unfit(f"{len(found)} workers were asked for, and the devices here are {', '.join(there) or 'the CPU alone'}")
+            named = ", ".join(sorted(missing - {""})) or f"{len(found)} workers"
+            raise Unfit(f"{named} cannot be had: the devices here are {', '.join(there) or 'the CPU alone'}")
         return found
 
     def decide(self, request: Request) -> Decision | None:
@@ -76,32 +82,41 @@ class RayShard(Policy):
         return rule(request) if rule and not self._crew.broken else None
 
     def prompt_ended(self) -> None:
-        if self._dispatcher.score.tell():
+        if self._started and self._dispatcher.prompt_ended():
             self._crew.report()
 
     def emptied(self) -> None:
-        self._crew.tell("release")
+        if self._started:
+            self._crew.tell("release")
 
     def close(self) -> None:
-        self._crew.close()
+        if self._started:
+            self._crew.close()
 
     def _build(self, request: BuildModel) -> Decision | None:
         self._crew.wake()
         return None
 
     def _place(self, request: PlaceModel) -> Decision | None:
-        if request.remote is None:
+        if request.remote is None or request.remote.module in self._left:
             return None
         return Decision("its weights stay where they are; the workers compute with it", partial(self._stay, request))
 
     def _stay(self, request: PlaceModel, proceed: Proceed) -> Any:
         assert request.remote is not None
         if self._freighter.of(request.remote) is None:
-            request.weights.take_off()
-            self._freighter.pack(request.remote)
+            self._pack(request, request.remote)
         elif request.weights.on_device() and request.device.type != "cpu":
             request.weights.give_back(request.weights.on_device())  # it was computed here for once
         return proceed(replace(request, more_bytes=0.0))
+
+    def _pack(self, request: PlaceModel, remote: Remote) -> None:
+        request.weights.take_off()
+        try:
+            self._freighter.pack(remote)
+        except BaseException:
+            self._left.add(remote.module)
+            raise
 
     def _step(self, request: SampleStep) -> Decision | None:
         if request.remote is None or self._freighter.of(request.remote) is None:
@@ -113,8 +128,12 @@ class RayShard(Policy):
         return None if self._freighter.of(request.remote) is None else Decision("", partial(self._dispatcher.act, request))
 
     def _room(self, request: BatchRoom) -> Decision | None:
-        free = [worker.about["free_bytes"] for worker in self._crew.ready()] if request.module in self._freighter else []
-        return Decision("", lambda proceed: min(free)) if free else None
+        return Decision("", self._free) if request.module in self._freighter else None
+
+    def _free(self, proceed: Proceed) -> Any:
+        """What the fullest device has."""
+        free = [worker.about["free_bytes"] for worker in self._crew.ready()]
+        return min(free) if free else proceed()
 
     def _release(self, request: ReleaseModel) -> Decision | None:
         if request.bytes_wanted != 0 and request.weights.module in self._freighter:

@@ -21,17 +21,20 @@ _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_metrics_collection": "0", 
           "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 
-def connect(settings: Settings, namespace: str, by_value: int) -> None:
-    """Starts Ray, or joins a running one. Nothing where this process is in one already.
+def connect(settings: Settings, namespace: str, by_value: int) -> bool:
+    """Starts Ray, or joins a running one. Nothing where this process is in one already, which is somebody else's to leave.
 
     Args:
         by_value: bytes of weights that no file backs, at most; they are kept in shared memory, once for all workers.
+
+    Returns:
+        Whether it did.
 
     Raises:
         Exception: Ray cannot be started, or reached.
     """
     if ray.is_initialized():
-        return
+        return False
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     common: dict[str, Any] = {"namespace": namespace, "log_to_driver": False, "logging_level": "error",
@@ -41,6 +44,7 @@ def connect(settings: Settings, namespace: str, by_value: int) -> None:
                  object_store_memory=_store(by_value), _temp_dir=_folder(), _node_ip_address="127.0.0.1", **common)
     else:
         ray.init(address=settings.address, **common)
+    return True
 
 
 def disconnect() -> None:
@@ -56,7 +60,7 @@ def environment(device: str) -> tuple[Mapping[str, str], str]:
     if kind != "cuda":
         return alone, device
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    chosen = seen.split(",")[int(index or 0)] if seen else index or "0"
+    chosen = seen.split(",")[int(index or 0)].strip() if seen else index or "0"
     return {**alone, "CUDA_VISIBLE_DEVICES": chosen}, "cuda:0"
 
 

@@ -15,7 +15,7 @@ from ...telemetry import emit, log
 from . import actor as actor_module
 from . import cluster
 from .settings import Settings, WorkerSettings
-from .workers import Lost, Worker, is_dead, raise_if_failed
+from .workers import Lost, Worker, answer_of, in_a_line, is_dead
 
 _POLL = 0.05  # seconds between two looks at the user's Cancel
 _GRACE = 10.0  # seconds that a cancelled worker has to end its step
@@ -45,6 +45,7 @@ class Crew:
         self._changed = threading.Condition()
         self._work: queue.SimpleQueue[tuple[bool, Callable[[], None]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._connected = False
         self.broken = ""
         self.grouped = False
 
@@ -63,7 +64,7 @@ class Crew:
         """
         self.wake()
         waiting, told = time.monotonic(), False
-        while not self._is_steady():
+        while not self.broken and not self._is_steady():
             self._raise_if_cancelled()
             if not told and time.monotonic() - waiting > 2:
                 told = True
@@ -80,23 +81,21 @@ class Crew:
         """
         end = time.monotonic() + seconds
         by_reference = {reference: worker for worker, reference in asked.items()}
-        pending, done = list(by_reference), set[Any]()
+        pending, answers = list(by_reference), dict[Any, Any]()
         try:
             while pending:
                 found, pending = ray.wait(pending, num_returns=len(pending), timeout=_POLL)
-                for reference in found:
-                    raise_if_failed(by_reference[reference], reference)
-                done.update(found)
+                answers.update({reference: answer_of(by_reference[reference], reference) for reference in found})
                 self._raise_if_cancelled()
                 check()
                 if pending and time.monotonic() > end:
                     raise Lost([by_reference[one] for one in pending], f"no answer in {seconds:.0f} s")
         except BaseException as error:
-            gone = error.workers if isinstance(error, Lost) else ()  # who asked has them replaced
-            left = {worker: one for one, worker in by_reference.items() if one not in done and worker not in gone}
+            gone = error.workers if isinstance(error, Lost) else ()  # whoever hears of it replaces these
+            left = {worker: one for worker, one in asked.items() if one not in answers and worker not in gone}
             self._change(partial(self._call_off, left, regroup=not gone))
             raise
-        return [ray.get(reference) for reference in asked.values()]
+        return [answers[reference] for reference in asked.values()]
 
     def lose(self, workers: Sequence[Worker], why: str) -> None:
         """Replaces workers, in the background."""
@@ -116,7 +115,7 @@ class Crew:
 
     def close(self) -> None:
         """Ends the workers, and Ray if it was started here."""
-        if self._thread is not None:
+        if self._thread is not None and self._thread.is_alive():
             self.broken = self.broken or "the policy was turned off"
             self._change(self._stop)
             self._work.put(None)
@@ -140,16 +139,18 @@ class Crew:
                 work()
             except Exception as error:
                 log.debug("workers failed", exc_info=error)
-                if changes:
-                    self.broken = f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}"
+                if changes and not self.broken:
+                    self.broken = in_a_line(error)
                     emit("shard.broken", reason=self.broken)
+                    self._work.put((False, self._stop))  # nobody asks those that are left
             with self._changed:
                 self._changing -= changes
                 self._changed.notify_all()
 
     def _start(self) -> None:
         started = time.perf_counter()
-        cluster.connect(self._settings, "residency" if self._settings.detached else f"residency-{os.getpid()}", 0)
+        namespace = "residency" if self._settings.detached else f"residency-{os.getpid()}"
+        self._connected = cluster.connect(self._settings, namespace, 0)
         self._workers = [Worker(rank, one.device, one.weight) for rank, one in enumerate(self._devices)]
         self._spawn(self._workers)
         emit("shard.started", workers=[worker.device for worker in self._workers], grouped=self.grouped,
@@ -184,9 +185,11 @@ class Crew:
             ray.get(joining, timeout=self._settings.timeout_seconds)
             self.grouped = True
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
-            emit("shard.demoted", model="all", way="heads", reason=f"the workers did not meet: {error}")
+            emit("shard.demoted", model="all", way="heads", reason=f"the workers did not meet: {in_a_line(error)}")
 
     def _replace(self, workers: Sequence[Worker]) -> None:
+        if self.broken:
+            return
         started = time.perf_counter()
         for worker in workers:
             ray.kill(worker.handle)
@@ -197,13 +200,15 @@ class Crew:
 
     def _call_off(self, asked: Mapping[Worker, Any], regroup: bool) -> None:
         """Lets cancelled workers end their step; who does not is replaced. They meet again, if they will not anyway."""
-        if not asked:
+        if self.broken or not asked:
             return
         telling = [worker.tell("cancel", True) for worker in asked]
         ray.wait(telling, num_returns=len(telling), timeout=1)
         _, stuck = ray.wait(list(asked.values()), num_returns=len(asked), timeout=_GRACE)
         late = [worker for worker, reference in asked.items() if reference in stuck or is_dead(reference)]
-        ray.get([worker.tell("cancel", False) for worker in asked if worker not in late], timeout=_GRACE)
+        going_on = {worker: worker.tell("cancel", False) for worker in asked if worker not in late}
+        _, stuck = ray.wait(list(going_on.values()), num_returns=len(going_on), timeout=_GRACE)
+        late += [worker for worker, reference in going_on.items() if reference in stuck or is_dead(reference)]
         if late:
             self.lose(late, "it did not end its step")
         elif self.grouped and regroup:
@@ -217,7 +222,9 @@ class Crew:
         emit("shard.workers", **{name: {f"worker {rank}": one[name] for rank, one in enumerate(about)} for name in _HELD})
 
     def _stop(self) -> None:
-        if not self._settings.detached:
-            for worker in self._workers:
+        workers, self._workers = self._workers, []
+        for worker in workers:
+            if worker.handle is not None and not self._settings.detached:
                 ray.kill(worker.handle)
-        cluster.disconnect()
+        if self._connected:
+            cluster.disconnect()

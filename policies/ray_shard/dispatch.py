@@ -6,13 +6,16 @@ same arguments.
 """
 from __future__ import annotations
 
+import math
 import pickle
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 import torch
 
 from ...telemetry import emit
@@ -32,7 +35,10 @@ ROWS, HEADS, LOCAL = "rows", "heads", "local"
 # The largest difference, of the largest value, that another order of summing explains, by what is computed in.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-7}
 _COARSE = 0.03
-_UNSENDABLE = (pickle.PicklingError, TypeError, AttributeError, FileChanged)
+# What a worker raised; what objects of packs raise when they are pickled; and what Ray raises when its store is full.
+_FAILURES = (Failed, pickle.PicklingError, TypeError, AttributeError, ValueError, RuntimeError, FileChanged,
+             ray.exceptions.RayError)
+_PATIENCE = 3  # failures one after the other, and a model is not sent again in this prompt
 
 
 class Unsuited(Exception):
@@ -47,6 +53,15 @@ class Way:
     shares: Sequence[rows.Share]
 
 
+@dataclass(frozen=True)
+class Found:
+    """The workers' answer, and the way to it."""
+
+    freight: Freight
+    way: Way
+    answer: torch.Tensor
+
+
 class Dispatcher:
     """Answers `Predict`."""
 
@@ -55,32 +70,64 @@ class Dispatcher:
         self._refused: dict[tuple[Any, ...], str] = {}  # why, by model, what is patched, packs that take part, and way
         self._verified: set[tuple[Any, ...]] = set()
         self._told: set[tuple[str, str, str]] = set()
+        self._in_a_row: Counter[str] = Counter()  # failures, by model
+        self._sending = threading.Lock()  # branches may share a worker: it gets what it is sent in the order of its naming
         self._here = threading.Lock()  # one branch at a time, and no other model is placed meanwhile
         self.score = Score()
 
     def act(self, request: Predict, proceed: Proceed) -> Any:
-        workers = lane().of(self._crew.ready())
-        reason = self._crew.broken
-        if workers:
-            try:
-                freight = self._freighter.deliver(request.remote, workers)
-                for way in self._ways(request, workers):
-                    reason = self._refused.get(_case(request, freight, way), "")
-                    if reason:
-                        continue
-                    try:
-                        return self._verify(request, proceed, freight, way, workers)
-                    except Unsuited as unsuited:
-                        reason = self._refuse(request, freight, way, str(unsuited))
-            except Lost as lost:
-                reason = str(lost)
-                self._crew.lose(lost.workers, reason)
-            except Failed as failed:
-                reason = str(failed)
-            except _UNSENDABLE as error:
-                reason = f"it cannot be sent: {type(error).__name__}: {error}"
-        self._tell(request, LOCAL, reason)
+        found, reason = self._try(request)
+        if found is not None:
+            return self._verify(request, proceed, found)
+        if reason:
+            self._tell(request, LOCAL, reason)
         return self._predict_here(request, proceed)
+
+    def _try(self, request: Predict) -> tuple[Found | None, str]:
+        """The workers' answer, or why there is none. The host is not asked in here, so that no error of its own is taken for
+        one of theirs."""
+        if self._in_a_row[self._freighter.key(request.remote.module)] >= _PATIENCE:
+            return None, ""
+        workers = lane().of(self._crew.ready())
+        if not workers:
+            return None, self._crew.broken
+        try:
+            return self._elsewhere(request, workers)
+        except Lost as lost:
+            self._crew.lose(lost.workers, str(lost))
+            return None, str(lost)
+        except _FAILURES as error:
+            self._failed(request, workers)
+            return None, str(error) if isinstance(error, Failed) else f"it cannot be sent: {type(error).__name__}: {error}"
+
+    def prompt_ended(self) -> bool:
+        """What failed is tried again. Whether the workers did anything."""
+        self._in_a_row.clear()
+        return self.score.tell()
+
+    def _failed(self, request: Predict, workers: Sequence[Worker]) -> None:
+        self._in_a_row[self._freighter.key(request.remote.module)] += 1
+        with self._sending:
+            for worker in workers:
+                worker.sent.clear()  # what was on its way may not have come
+
+    def _elsewhere(self, request: Predict, workers: Sequence[Worker]) -> tuple[Found | None, str]:
+        """The workers' answer, or why no way leads to it."""
+        with self._sending:
+            freight = self._freighter.deliver(request.remote, workers)
+        reason = ""
+        for way in self._ways(request, workers):
+            reason = self._refused.get(_case(request, freight, way), "")
+            if reason:
+                continue
+            try:
+                answer = self._ask(request, freight, way, workers)
+            except Unsuited as unsuited:
+                reason = self._refuse(request, freight, way, str(unsuited))
+            else:
+                self._in_a_row.pop(freight.key, None)
+                return Found(freight, way, answer), ""
+        return None, reason
 
     def _refuse(self, request: Predict, freight: Freight, way: Way, reason: str) -> str:
         """Does not go this way again."""
@@ -93,35 +140,37 @@ class Dispatcher:
         count = request.x.shape[0]
         whole = rows.Share(0, tuple(range(count)), tuple(range(rows.chunks_of(request.rest, count))))
         shares = [whole] if request.guests or not self._settings.rows else rows.split(
-            count, len(whole.chunks), [worker.weight for worker in workers], rows.belong_together(request.rest))
+            count, len(whole.chunks), [worker.weight for worker in workers], rows.belong_together(request.rest, count))
         ways = [Way(ROWS, shares)]
         if self._crew.grouped and lane().count == 1:
             together = Way(HEADS, [rows.Share(place, whole.rows, whole.chunks) for place in range(len(workers))])
             ways.insert(0 if len(shares) == 1 else 1, together)
         return ways
 
-    def _verify(self, request: Predict, proceed: Proceed, freight: Freight, way: Way, workers: Sequence[Worker]) -> Any:
+    def _verify(self, request: Predict, proceed: Proceed, found: Found) -> Any:
         """The workers' answer, or the host's own where both were computed to be compared."""
-        answer = self._elsewhere(request, freight, way, workers)
+        freight, way = found.freight, found.way
         kind = (freight.name, request.guests, way.name, len(way.shares), *request.x.shape)
         if self._settings.verify == "off" or (self._settings.verify == "first_step" and kind in self._verified):
-            return answer
+            return found.answer
         expected = self._predict_here(request, proceed)
-        error = float((answer.float() - expected.float()).abs().max() / expected.abs().max().clamp(min=1e-12))
+        error = _difference(found.answer, expected)
         if error <= _tolerance(request):
             self._verified.add(kind)
         else:
             self._refuse(request, freight, way, f"what the workers computed differs by {error:.1e} of the largest value")
         return expected
 
-    def _elsewhere(self, request: Predict, freight: Freight, way: Way, workers: Sequence[Worker]) -> torch.Tensor:
+    def _ask(self, request: Predict, freight: Freight, way: Way, workers: Sequence[Worker]) -> torch.Tensor:
         started = time.perf_counter()
         asked, sent = {}, 0
-        for share in way.shares:
-            worker = workers[share.worker]
-            parcel = self._parcel(request, share, worker)
-            sent += len(parcel.data) + parcel.copied_bytes
-            asked[worker] = worker.ask("predict", freight.key, freight.digest, parcel, way.name == HEADS, bool(request.guests))
+        with self._sending:
+            for share in way.shares:
+                worker = workers[share.worker]
+                parcel = self._parcel(request, share, worker)
+                sent += len(parcel.data) + parcel.copied_bytes
+                asked[worker] = worker.ask("predict", freight.key, freight.digest, parcel, way.name == HEADS,
+                                             bool(request.guests))
         answers = self._crew.gather(asked, self._settings.timeout_seconds, lane().check)
         for worker, answer in zip(asked, answers, strict=True):
             worker.about["free_bytes"] = answer["free_bytes"]
@@ -157,6 +206,13 @@ class Dispatcher:
 def _case(request: Predict, freight: Freight, way: Way) -> tuple[Any, ...]:
     """What a way suits, or does not."""
     return freight.key, freight.digest, request.guests, way.name
+
+
+def _difference(answer: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest, of the largest value."""
+    if answer.shape != expected.shape:
+        return math.inf
+    return float((answer.float() - expected.float()).abs().max() / expected.abs().max().clamp(min=1e-12))
 
 
 def _tolerance(request: Predict) -> float:

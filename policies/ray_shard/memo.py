@@ -16,6 +16,7 @@ from .parcels import Parcel, pack, unpack
 
 _SMALL = 2**16  # bytes
 _MOST = 32
+_CHANGING = ("transformer_options", "control")  # made of what is new at every step
 
 
 @dataclass(frozen=True)
@@ -27,15 +28,14 @@ class Known:
 
 @dataclass(frozen=True)
 class New:
-    """A tensor, and the number that it has from now on; `forget` has none any more."""
+    """A tensor, and the number that it has from now on."""
 
     number: int
     tensor: torch.Tensor
-    forget: int | None
 
 
 class Sent:
-    """The sending side, of one worker."""
+    """The sending side, of one worker. Each parcel says which numbers are still in use; the worker forgets all others."""
 
     def __init__(self) -> None:
         self._sent: OrderedDict[int, torch.Tensor] = OrderedDict()
@@ -43,11 +43,11 @@ class Sent:
 
     def pack(self, x: torch.Tensor, rest: Mapping[str, Any]) -> Parcel:
         """A prediction's arguments."""
-        return pack({"x": x, **{name: value if name == "transformer_options" else self._name(value)
-                                for name, value in rest.items()}}, files=False)
+        named = {name: value if name in _CHANGING else self._name(value) for name, value in rest.items()}
+        return pack((tuple(self._sent), {"x": x, **named}), files=False)
 
     def clear(self) -> None:
-        """The worker has nothing."""
+        """It is not known what the worker has: all is sent anew."""
         self._sent.clear()
 
     def _name(self, value: Any) -> Any:
@@ -64,8 +64,9 @@ class Sent:
                 return Known(number)
         self._next += 1
         self._sent[self._next] = value.clone()
-        dropped = self._sent.popitem(last=False)[0] if len(self._sent) > _MOST else None
-        return New(self._next, value, dropped)
+        if len(self._sent) > _MOST:
+            self._sent.popitem(last=False)
+        return New(self._next, value)
 
 
 class Received:
@@ -80,13 +81,13 @@ class Received:
         Raises:
             KeyError: the sender takes something for known that is not.
         """
-        opened: dict[str, Any] = self._place(unpack(parcel, writable=True), device)
+        used, named = unpack(parcel, writable=True)
+        opened: dict[str, Any] = self._place(named, device)
+        self._received = {number: tensor for number, tensor in self._received.items() if number in used}
         return opened
 
     def _place(self, value: Any, device: torch.device) -> Any:
         if isinstance(value, New):
-            if value.forget is not None:
-                self._received.pop(value.forget, None)
             self._received[value.number] = value.tensor.to(device)
             value = Known(value.number)
         if isinstance(value, Known):

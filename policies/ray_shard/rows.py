@@ -63,9 +63,9 @@ def split(rows: int, chunks: int, weights: Sequence[float], whole_chunks: bool =
             for worker, (which, of_each) in enumerate(parts) if len(which) and len(of_each)]
 
 
-def belong_together(arguments: Mapping[str, Any]) -> bool:
-    """Whether the rows of a chunk are computed together: the frames of a video."""
-    return any(arguments.get(name) is not None for name in _FRAMES)
+def belong_together(arguments: Mapping[str, Any], rows: int) -> bool:
+    """Whether the rows of a chunk are computed together: the frames of a video, and rows of chunks that nobody can tell."""
+    return any(arguments.get(name) is not None for name in _FRAMES) or rows % _named(arguments) != 0
 
 
 def part(arguments: Mapping[str, Any], share: Share, rows: int) -> dict[str, Any]:
@@ -97,9 +97,13 @@ def _options(options: Mapping[str, Any], share: Share) -> dict[str, Any]:
 
 
 def chunks_of(arguments: Mapping[str, Any], rows: int) -> int:
-    """How many chunks a batch has."""
-    count = len(arguments[_OPTIONS].get(_BY_CHUNK[0]) or (0,))
+    """How many chunks a batch has; it is one where the options name chunks of another."""
+    count = _named(arguments)
     return count if rows % count == 0 else 1
+
+
+def _named(arguments: Mapping[str, Any]) -> int:
+    return len(arguments[_OPTIONS].get(_BY_CHUNK[0]) or (0,))
 
 
 def join(shares: Sequence[Share], parts: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -56,18 +56,19 @@ class Worker:
         self.sent = Sent()
 
 
-def raise_if_failed(worker: Worker, reference: Any) -> None:
+def answer_of(worker: Worker, reference: Any) -> Any:
     """
     Raises:
         Lost: the worker is dead.
-        Failed: what it was asked raised an error.
+        Failed: what it was asked raised an error, or the answer was lost on its way.
     """
+    where = f"worker {worker.rank} on {worker.device}"
     try:
-        ray.get(reference)
+        return ray.get(reference)
     except ray.exceptions.RayActorError as error:
-        raise Lost([worker], f"worker {worker.rank} on {worker.device} is dead") from error
-    except ray.exceptions.RayTaskError as error:
-        raise Failed(f"worker {worker.rank} on {worker.device}: {type(error.cause).__name__}: {error.cause}") from error
+        raise Lost([worker], f"{where} is dead") from error
+    except ray.exceptions.RayError as error:
+        raise Failed(f"{where}: {in_a_line(error)}") from error
 
 
 def is_dead(reference: Any) -> bool:
@@ -76,6 +77,12 @@ def is_dead(reference: Any) -> bool:
         ray.get(reference, timeout=0)
     except ray.exceptions.RayActorError:
         return True
-    except (ray.exceptions.RayTaskError, ray.exceptions.GetTimeoutError):
+    except ray.exceptions.RayError:  # it raised an error, or is at it still
         return False
     return False
+
+
+def in_a_line(error: BaseException) -> str:
+    """Kind and words of an error; of one that a worker raised, without Ray's and without the traceback."""
+    cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None else error
+    return f"{type(cause).__name__}: {''.join(str(cause).strip().splitlines()[-1:])}"

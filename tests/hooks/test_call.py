@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -161,3 +162,54 @@ class TestRepeating:
             with pytest.raises(MemoryError):
                 call(**changes)
         assert [(("a", "cuda"), {"keep": False}), (("a", None), {"keep": True}), (("a",), {})] == read.calls
+
+
+class TestParts:
+    def test_a_part_is_asked_later_and_leaves_the_whole(self) -> None:
+        """Nothing runs before it is called; its argument replaces the whole's, wherever the caller had put that."""
+        read = Read()
+        call = read.called_with("a", "cpu", keep=True)
+        parts = [call.part(path="b"), call.part(device=None)]
+        assert [] == read.calls
+
+        assert ["weights", "weights"] == [part() for part in parts]
+
+        assert [(("b", "cpu"), {"keep": True}), (("a", None), {"keep": True})] == read.calls
+        assert not call.spent
+
+    def test_a_part_runs_once(self) -> None:
+        """Like the whole; others made of the same call do not mind."""
+        read = Read()
+        call = read.called_with("a")
+        part, other = call.part(path="b"), call.part(path="b")
+        part()
+        with pytest.raises(RuntimeError, match="once"):
+            part()
+        other()
+        call()
+        assert 3 == len(read.calls)
+
+    def test_a_part_does_not_repeat(self) -> None:
+        """Whoever repeats the whole makes new parts."""
+        read = Read(MemoryError())
+        call = read.called_with("a")
+        call.may_repeat(2, full)
+        part = call.part(path="b")
+        with pytest.raises(MemoryError):
+            part()
+        with pytest.raises(RuntimeError, match="once"):
+            part()
+
+    def test_parts_run_in_any_thread(self) -> None:
+        """The host's error goes up there as it is."""
+        error = OSError("gone")
+        part = Read(error).called_with("a").part(path="b")
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(part).exception() is error
+
+    def test_a_method_keeps_its_instance(self) -> None:
+        """The part is asked of the same object."""
+        text = "abc"
+        call = HostCall(text.startswith, text, ("z",), {}, inspect.Signature(
+            [inspect.Parameter("prefix", inspect.Parameter.POSITIONAL_ONLY)]))
+        assert call.part(prefix="a")()

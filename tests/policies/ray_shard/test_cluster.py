@@ -1,0 +1,119 @@
+"""What a worker sees of devices, how much memory Ray may take, and whose Ray it is."""
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ray")
+
+from residency.policies.ray_shard import cluster
+from residency.policies.ray_shard.settings import Settings
+
+MB, GB = 2**20, 2**30
+
+
+class TestDevices:
+    @pytest.mark.parametrize(("visible", "device", "seen"), [
+        (None, "cuda:0", "0"), (None, "cuda:3", "3"), (None, "cuda", "0"), ("", "cuda:1", "1"),
+        ("2,3", "cuda:0", "2"), ("2,3", "cuda:1", "3"), ("2, 3", "cuda:1", "3"), ("2,3", "cuda", "2"),
+        ("GPU-8a1c,MIG-77f0", "cuda:1", "MIG-77f0"),
+    ])
+    def test_one_of_cudas(self, monkeypatch: pytest.MonkeyPatch, visible: str | None, device: str, seen: str) -> None:
+        """The host counts those that it was given itself; the worker's is the first of its own."""
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert cluster.environment(device) == ({"RESIDENCY_DISABLE": "1", "CUDA_VISIBLE_DEVICES": seen}, "cuda:0")
+
+    @pytest.mark.parametrize("device", ["cpu", "npu:1", "xpu:0"])
+    def test_another_kind_keeps_its_name(self, device: str) -> None:
+        """The worker chooses it among all."""
+        assert cluster.environment(device) == ({"RESIDENCY_DISABLE": "1"}, device)
+
+    def test_a_device_that_is_not_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """No other one is taken for it."""
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+        with pytest.raises(IndexError):
+            cluster.environment("cuda:2")
+
+
+class TestStore:
+    @pytest.mark.parametrize(("available", "shared", "by_value", "expected"), [
+        (64 * GB, 32 * GB, 0, 512 * MB), (64 * GB, 32 * GB, 3 * GB, 3 * GB + 512 * MB), (4 * GB, 32 * GB, 3 * GB, 2 * GB),
+        (64 * GB, 100 * MB, 0, 90 * MB), (64 * GB, 64 * MB, 0, 80 * MB), (100 * MB, GB, 0, 80 * MB),
+    ])
+    def test_as_much_as_is_wanted_and_there(self, monkeypatch: pytest.MonkeyPatch, available: int, shared: int, by_value: int,
+                                            expected: int) -> None:
+        """At most half of the memory, or nine tenths of /dev/shm; Ray takes nothing below 80 MB."""
+        monkeypatch.setattr(cluster.psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+        monkeypatch.setattr(cluster.os.path, "isdir", lambda path: True)
+        monkeypatch.setattr(cluster.shutil, "disk_usage", lambda path: SimpleNamespace(free=shared))
+        assert cluster._store(by_value) == expected
+
+    def test_without_shared_memory_in_files(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As on Windows."""
+        monkeypatch.setattr(cluster.psutil, "virtual_memory", lambda: SimpleNamespace(available=64 * GB))
+        monkeypatch.setattr(cluster.os.path, "isdir", lambda path: False)
+        assert cluster._store(GB) == GB + 512 * MB
+
+    def test_the_folders_path_leaves_room_for_sockets(self) -> None:
+        """Ray appends a session and a name, some 80 characters."""
+        assert len(cluster._folder()) < 27 or os.name == "nt"
+
+
+class FakeRay:
+    def __init__(self, running: bool = False) -> None:
+        self.running, self.options = running, dict[str, Any]()
+        self.shutdowns = 0
+
+    def is_initialized(self) -> bool:
+        return self.running
+
+    def init(self, **options: Any) -> None:
+        self.options, self.running = options, True
+
+    def shutdown(self) -> None:
+        self.running, self.shutdowns = False, self.shutdowns + 1
+
+
+class TestConnecting:
+    @pytest.fixture(autouse=True)
+    def quiet(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in cluster._QUIET:
+            monkeypatch.setenv(name, "0")
+
+    def test_ours_is_local_and_quiet(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It listens on this machine alone, has no dashboard, and leaves the host's logging as it is."""
+        fake = FakeRay()
+        monkeypatch.setattr(cluster, "ray", fake)
+        assert cluster.connect(Settings(), "residency-1", 0)
+        assert fake.options["address"] == "local"
+        assert fake.options["_node_ip_address"] == "127.0.0.1"
+        assert fake.options["namespace"] == "residency-1"
+        assert not any(fake.options[name] for name in ("include_dashboard", "log_to_driver", "configure_logging", "num_gpus"))
+
+    def test_the_users_is_joined(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Its sizes are the user's."""
+        fake = FakeRay()
+        monkeypatch.setattr(cluster, "ray", fake)
+        assert cluster.connect(Settings(address="auto"), "residency", 0)
+        assert fake.options["address"] == "auto"
+        assert "object_store_memory" not in fake.options
+
+    def test_one_that_runs_in_this_process_is_left_as_it_is(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Another pack's; it is not ours to leave."""
+        fake = FakeRay(running=True)
+        monkeypatch.setattr(cluster, "ray", fake)
+        assert not cluster.connect(Settings(), "residency-1", 0)
+        assert fake.options == {}
+
+    def test_leaving_twice(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Once is enough."""
+        fake = FakeRay(running=True)
+        monkeypatch.setattr(cluster, "ray", fake)
+        cluster.disconnect()
+        cluster.disconnect()
+        assert fake.shutdowns == 1
