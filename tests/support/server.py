@@ -70,7 +70,7 @@ class Server:
                           "SIMNPU_TROUBLE": str(self._trouble_file),
                           "PYTHONPATH": os.pathsep.join([str(SIMULATED_NPU), *([str(SIMULATED_AIMDO)] if dynamic_vram else []),
                                                          os.environ.get("PYTHONPATH", "")])}
-        self.simulated, self.dynamic_vram = device_mb is not None, dynamic_vram
+        self.device_mb, self.simulated, self.dynamic_vram = device_mb, device_mb is not None, dynamic_vram
         self.log_file = base / "server.log"
         command = [sys.executable, str(comfyui / "main.py"), "--port", str(self.port), "--base-directory", str(base),
                    "--front-end-root", str(base / "web"), "--database-url", "sqlite:///:memory:", "--disable-api-nodes",
