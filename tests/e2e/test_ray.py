@@ -199,6 +199,21 @@ def test_verifying_compares_and_says_so(models: Path, tmp_path_factory: pytest.T
         assert plugin.events("shard.finished")[-1]["speedup"] > 0
 
 
+def test_a_worker_for_each_accelerator(models: Path, simulated_npu: None, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Of two simulated ones, and nothing of the model is on the device of ComfyUI's own process."""
+    flows = [workflows.text_to_latent("middle_a", loras=loras, seed=3) for loras in ((), (("middle", 1.0),))]
+    text = settings('"auto"', verify="off").replace("'", "")
+    with pair(models, tmp_path_factory, text, device_mb=1500, env={"SIMNPU_DEVICES": "2"}) as (alone, plugin):
+        found = Pair(alone, plugin)
+        for flow in flows:
+            assert found.error(flow) <= TOLERANCE
+            assert found.calls() == {"rows": 4}
+        assert plugin.events("shard.started")[0]["workers"] == ["npu:0", "npu:1"]
+        assert {event["device_bytes"] for event in plugin.events("model.placed") if event["model"] == "Flux"} == {0}
+        assert found.error(flows[0], like=flows[1]) > 10 * TOLERANCE
+        assert troubles(plugin) == []
+
+
 def test_one_worker_holds_the_file_itself(models: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Four of them hold the weights of a file as one does: what all have together, shared pages counted once, is its size."""
     with Server(COMFYUI, tmp_path_factory.mktemp("plugin"), models, settings=settings(4, verify="off", heads=False)) as server:

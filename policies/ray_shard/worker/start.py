@@ -39,13 +39,14 @@ def become(twin: Mapping[str, Any], device: str) -> None:
     comfy.cli_args.args.cpu = device == "cpu"
     import torch
 
-    kind, _, index = device.partition(":")
-    if kind not in ("cpu", "cuda"):  # of CUDA's devices only one can be seen here
-        torch.get_device_module(kind).set_device(int(index or 0))
     torch.set_grad_enabled(False)
     if twin["threads"]:
         torch.set_num_threads(twin["threads"])
-    import comfy.model_management  # it chooses the device when it is imported
+    import comfy.model_management  # with the packages of an accelerator, which torch knows by its name from then on
+
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda"):  # of CUDA's devices only one can be seen here
+        torch.get_device_module(kind).set_device(int(index or 0))
 
 
 def end_with(pid: int, started: float) -> None:
