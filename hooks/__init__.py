@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from ..policies.files.bank import Bank
-from . import building, computing, host, loader_nodes, loading, placement, prompts, reading, release, sampling
+from . import building, computing, host, loader_nodes, loading, placement, prompts, reading, release, sampling, tiles
 from .registry import Hook, HookRegistry
 from .selftest import exercise
 
@@ -13,4 +13,4 @@ def all_hooks(bank: Bank, listener: prompts.Listener) -> tuple[Hook, ...]:
     """Every hook, in the order in which they are installed."""
     stopwatch = placement.Stopwatch()
     return (*loading.hooks(bank), *reading.HOOKS, *building.HOOKS, *placement.hooks(bank, stopwatch), *release.HOOKS,
-            *computing.HOOKS, *sampling.HOOKS, *prompts.hooks(listener, stopwatch))
+            *computing.HOOKS, *sampling.HOOKS, *tiles.HOOKS, *prompts.hooks(listener, stopwatch))

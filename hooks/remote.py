@@ -1,4 +1,4 @@
-"""A ComfyUI diffusion model as another process needs it: implements `policies.sampling.Remote`."""
+"""ComfyUI's diffusion models and VAEs as another process needs them: implements `policies.models.Remote`."""
 from __future__ import annotations
 
 import copy
@@ -7,7 +7,10 @@ from typing import Any
 
 import comfy.model_base
 import comfy.model_management
+import comfy.sd
 import torch
+
+from ..policies.models import ITSELF
 
 # What a patcher holds beside the model's weights, and what it is when nothing is patched. Each is there in every release.
 _PATCHED = ("patches", "object_patches", "weight_wrapper_patches", "injections", "attachments", "hook_patches", "hook_mode",
@@ -19,7 +22,9 @@ _PLACED: dict[str, Any] = {"current_patcher": None, "dynamic_vbars": {}, "dynami
 
 
 class RemoteModel:
-    """Implements `policies.sampling.Remote` over a patcher of a diffusion model."""
+    """Implements `policies.models.Remote` over a patcher of a diffusion model."""
+
+    kind = "diffusion_model"
 
     def __init__(self, patcher: Any) -> None:
         self._patcher = patcher
@@ -54,6 +59,33 @@ class RemoteModel:
 
     def place(self) -> None:
         comfy.model_management.load_models_gpu([self._patcher])
+
+
+class RemoteVae(RemoteModel):
+    """The same over a VAE. Its attributes are the host's choices for it, and functions; its patcher stays here."""
+
+    kind = "vae"
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__(vae.patcher)
+        self._vae = vae
+
+    def token(self) -> object:
+        return object()  # nobody tells when an attribute changes
+
+    def patches(self) -> Mapping[str, Any]:
+        attributes = {name: value for name, value in vars(self._vae).items() if name != "patcher"}
+        return {**super().patches(), "attributes": attributes}
+
+    def known(self) -> Mapping[int, str]:
+        return {**super().known(), id(self._vae): ITSELF}
+
+
+def vae_remote_of(vae: Any) -> RemoteVae | None:
+    """None for what is no VAE of ComfyUI's own class, or has no weights."""
+    patcher: Any = getattr(vae, "patcher", None)
+    ours = type(vae) is comfy.sd.VAE and hasattr(patcher, "object_patches") and vae.first_stage_model is patcher.model
+    return RemoteVae(vae) if ours else None
 
 
 def remote_of(patcher: Any) -> RemoteModel | None:

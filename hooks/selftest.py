@@ -52,6 +52,7 @@ def exercise(registry: HookRegistry) -> None:
             loaded.model_unload()
             comfy.model_management.free_memory(0, cpu)
             comfy.model_management.load_models_gpu([])
+            comfy.utils.tiled_scale(torch.zeros(1, 3, 2, 2), lambda tile: tile, 2, 2, 0, upscale_amount=1)
     except Exception as error:  # a host that moved must not cost the hooks that still resolve
         log.debug("the self-test stopped half way", exc_info=error)
     finally:

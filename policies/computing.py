@@ -1,11 +1,12 @@
 """What the host is about to compute on a device, as requests: what may run out of memory there, and be repeated."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from .models import Remote
 from .requests import Request
 from .weights import Weights
 
@@ -50,6 +51,23 @@ class ComputeAll(Compute):
 @dataclass(frozen=True)
 class ComputeTiles(Request):
     """A VAE is about to work in tiles."""
+
+
+@dataclass(frozen=True)
+class ScaleTiles(Request):
+    """A VAE's function is about to be asked for one tile of a tensor after another, to be blended. The answer is a tensor.
+
+    Attributes:
+        function: answers for a tile, (1, channels, ...); another one, in a changed request, is asked instead.
+        tiles: the tiles that it will be asked for, in order, as views; none where they cannot be foretold.
+        room: the host's estimate of the bytes that a tile of some shape takes beside the weights.
+    """
+
+    remote: Remote
+    weights: Weights
+    function: Callable[[torch.Tensor], torch.Tensor]
+    tiles: Callable[[], Sequence[torch.Tensor]]
+    room: Callable[[Sequence[int]], float]
 
 
 @dataclass(frozen=True)

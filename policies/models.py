@@ -9,6 +9,8 @@ import torch
 
 from .memory import Residency
 
+# What a VAE, which is not the module that holds its weights, is called in another process; no layer has such a name.
+ITSELF = "."
 KINDS = ("checkpoints", "text_encoders", "diffusion_models", "vaes")
 
 
@@ -74,7 +76,13 @@ class Kept(Protocol):
 
 
 class Remote(Protocol):
-    """What another process needs in order to compute a model as this one would."""
+    """What another process needs in order to compute a model as this one would.
+
+    Attributes:
+        kind: what it is: "diffusion_model" or "vae".
+    """
+
+    kind: str
 
     @property
     def module(self) -> torch.nn.Module:
@@ -87,7 +95,7 @@ class Remote(Protocol):
         """Changes with every change of what is patched: LoRA, merges, replaced objects, scheduled hooks."""
 
     def patches(self) -> Mapping[str, Any]:
-        """What is patched now, to be pickled."""
+        """What is patched now, to be pickled. Of a VAE also its `attributes`, which anybody may have changed."""
 
     def known(self) -> Mapping[int, str]:
         """`id` of objects that the other process has already, and what they are called there."""

@@ -60,7 +60,7 @@ NAMES = frozenset({
     "shard.broken",         # reason: there are no workers, and everything is computed here
     "shard.loaded",         # model, workers, mapped_bytes, copied_bytes, seconds
     "shard.patched",        # model, workers, seconds
-    "shard.demoted",        # model, way: rows or heads, which is not taken any more, or local, which was taken; reason
+    "shard.demoted",        # model, way: rows, heads or tiles, which is not taken, or local, which was; reason
     "shard.finished",       # calls by way, dispatch_seconds, compute_seconds, sent_bytes, received_bytes: of a prompt; speedup
                             # against the last predictions of the same shape by this process, if there were any
     "shard.workers",        # by worker: private_bytes, shared_bytes: its part of all RAM, free_bytes on its device

@@ -14,6 +14,7 @@ from weakref import WeakSet
 
 import torch
 
+from ..computing import ScaleTiles
 from ..models import Remote
 from ..policy import Decision, Policy, Proceed, Unfit
 from ..requests import BuildModel, PlaceModel, ReleaseModel, Request
@@ -45,6 +46,8 @@ class RayShard(Policy):
             BuildModel: self._build, PlaceModel: self._place, SampleStep: self._step, Predict: self._predict,
             BatchRoom: self._room, ReleaseModel: self._release,
         }
+        if settings.tiles:
+            self._rules[ScaleTiles] = self._scale
         self.answers = frozenset(self._rules)
         self._started = False
         self._left: WeakSet[torch.nn.Module] = WeakSet()  # to the host: they cannot be packed
@@ -54,6 +57,7 @@ class RayShard(Policy):
             from .crew import Crew
             from .dispatch import Dispatcher
             from .freight import Freighter
+            from .tiles import Tiler
         except ImportError as error:
             raise Unfit(f"{_INSTALL} ({error})") from None
         devices = self._devices()
@@ -61,6 +65,7 @@ class RayShard(Policy):
         self._crew = Crew(self.settings, devices, host.process.twin, host.lifecycle.raise_if_cancelled)
         self._freighter = Freighter(self._crew, self._tools.bank)
         self._dispatcher = Dispatcher(self.settings, self._crew, self._freighter)
+        self._tiler = Tiler(self.settings, self._crew, self._freighter, self._dispatcher.score)
         self._started = True
 
     def _devices(self) -> Sequence[WorkerSettings]:
@@ -125,6 +130,9 @@ class RayShard(Policy):
 
     def _predict(self, request: Predict) -> Decision | None:
         return None if self._freighter.of(request.remote) is None else Decision("", partial(self._dispatcher.act, request))
+
+    def _scale(self, request: ScaleTiles) -> Decision | None:
+        return Decision("", partial(self._tiler.act, request))
 
     def _room(self, request: BatchRoom) -> Decision | None:
         return Decision("", self._free) if request.module in self._freighter else None

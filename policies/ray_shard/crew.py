@@ -97,6 +97,26 @@ class Crew:
             raise
         return [answers[reference] for reference in asked.values()]
 
+    def any(self, asked: Mapping[Any, Worker], seconds: float) -> list[Any]:
+        """Those references that are answered, as soon as there is one.
+
+        Raises:
+            Lost: nobody answers in so many seconds.
+            BaseException: the host's Cancel; the workers are not told of it.
+        """
+        end = time.monotonic() + seconds
+        while True:
+            found, pending = ray.wait(list(asked), num_returns=1, timeout=_POLL)
+            self._raise_if_cancelled()
+            if found:
+                return list(found)
+            if time.monotonic() > end:
+                raise Lost(list(dict.fromkeys(asked[one] for one in pending)), f"no answer in {seconds:.0f} s")
+
+    def call_off(self, asked: Mapping[Worker, Any]) -> None:
+        """Tells workers that what they were asked last is not wanted any more."""
+        self._change(partial(self._call_off, asked, regroup=True))
+
     def lose(self, workers: Sequence[Worker], why: str) -> None:
         """Replaces workers, in the background."""
         for worker in workers:

@@ -6,7 +6,6 @@ same arguments.
 """
 from __future__ import annotations
 
-import math
 import pickle
 import threading
 import time
@@ -24,6 +23,7 @@ from ..policy import Proceed
 from ..sampling import Predict
 from . import rows
 from .branches import lane
+from .comparing import difference, tolerance
 from .crew import Crew
 from .freight import Freight, Freighter
 from .parcels import Parcel, unpack
@@ -32,9 +32,6 @@ from .settings import Settings
 from .workers import Failed, Lost, Worker
 
 ROWS, HEADS, LOCAL = "rows", "heads", "local"
-# The largest difference, of the largest value, that another order of summing explains, by what is computed in.
-_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-7}
-_COARSE = 0.03
 # What a worker raised; what objects of packs raise when they are pickled; and what Ray raises when its store is full.
 _FAILURES = (Failed, pickle.PicklingError, TypeError, AttributeError, ValueError, RuntimeError, FileChanged,
              ray.exceptions.RayError)
@@ -154,8 +151,8 @@ class Dispatcher:
         if self._settings.verify == "off" or (self._settings.verify == "first_step" and kind in self._verified):
             return found.answer
         expected = self._predict_here(request, proceed)
-        error = _difference(found.answer, expected)
-        if error <= _tolerance(request):
+        error = difference(found.answer, expected)
+        if error <= tolerance({request.x.dtype, *(parameter.dtype for parameter in request.remote.module.parameters())}):
             self._verified.add(kind)
         else:
             self._refuse(request, freight, way, f"what the workers computed differs by {error:.1e} of the largest value")
@@ -206,19 +203,6 @@ class Dispatcher:
 def _case(request: Predict, freight: Freight, way: Way) -> tuple[Any, ...]:
     """What a way suits, or does not."""
     return freight.key, freight.digest, request.guests, way.name
-
-
-def _difference(answer: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest, of the largest value."""
-    if answer.shape != expected.shape:
-        return math.inf
-    return float((answer.float() - expected.float()).abs().max() / expected.abs().max().clamp(min=1e-12))
-
-
-def _tolerance(request: Predict) -> float:
-    """Weights and latents are summed in the coarser of their dtypes, at best."""
-    kinds = {request.x.dtype, *(parameter.dtype for parameter in request.remote.module.parameters())}
-    return max(_TOLERANCE.get(kind, _COARSE) for kind in kinds)
 
 
 def _like(request: Predict) -> tuple[Any, ...]:

@@ -28,12 +28,14 @@ class Freight:
 
     Attributes:
         key: what the workers call it.
+        kind: `Remote.kind`.
         stored: a reference to its parcel, once it is in Ray's store.
         digest: of what is patched.
         token: what the host said when that was pickled.
     """
 
     key: str
+    kind: str
     name: str
     model: Parcel
     stored: Any = None
@@ -58,8 +60,10 @@ class Freighter:
         """
         if remote.module in self._freights:
             return
-        key = f"{type(remote.module).__name__}-{next(self._numbers)}"
-        self._freights[remote.module] = Freight(key, type(remote.module).__name__, pack(remote.as_built(), self._bank))
+        name = type(remote.module).__name__
+        key = f"{name}-{next(self._numbers)}"
+        parcel = pack(remote.as_built(), self._bank)
+        self._freights[remote.module] = Freight(key, remote.kind, name, parcel)
         finalize(remote.module, self._crew.tell, "forget", key)
 
     def of(self, remote: Remote) -> Freight | None:
@@ -111,7 +115,8 @@ class Freighter:
         started = time.perf_counter()
         if freight.stored is None:
             freight.stored = ray.put(freight.model)
-        self._crew.gather({worker: worker.ask("load", freight.key, freight.stored) for worker in workers}, _LOADING)
+        asked = {worker: worker.ask("load", freight.key, freight.kind, freight.stored) for worker in workers}
+        self._crew.gather(asked, _LOADING)
         for worker in workers:
             worker.models[freight.key] = ""
         emit("shard.loaded", model=freight.name, workers=len(workers), mapped_bytes=freight.model.mapped_bytes,

@@ -35,6 +35,15 @@ class Score:
             if kind in self._here:
                 self._seconds.append((seconds, self._here[kind]))
 
+    def tiles(self, count: int, seconds: float, compute_seconds: float, sent: int, received: int) -> None:
+        """A VAE's tiles by workers, of which the busiest computed so long; the host waited for `seconds`."""
+        with self._lock:
+            self._calls["tiles"] += count
+            self._compute += compute_seconds
+            self._dispatch += max(0.0, seconds - compute_seconds)
+            self._sent += sent
+            self._received += received
+
     def here(self, kind: Hashable, seconds: float) -> None:
         """A prediction by the host."""
         with self._lock:

@@ -55,6 +55,7 @@ class Settings:
     detached: bool = False
     rows: bool = True
     heads: bool = True
+    tiles: bool = True
     verify: str = field(default="first_step", metadata={"choices": ("off", "first_step", "always")})
     self_test: bool = True
     timeout_seconds: float = field(default=120, metadata={"minimum": 5})

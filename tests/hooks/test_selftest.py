@@ -11,7 +11,8 @@ from typing import Any
 import comfy.model_management
 import comfy.model_patcher
 import pytest
-from residency.hooks import HookRegistry, all_hooks, computing, exercise
+from residency.hooks import HookRegistry, all_hooks, computing, exercise, sampling
+from residency.policies.computing import ScaleTiles
 from residency.policies.files.bank import Bank
 from residency.policies.requests import PatchWeight, PinMemory, Request
 from residency.telemetry.sinks import Ring
@@ -33,6 +34,7 @@ EXERCISED = {
     "comfy.model_patcher.ModelPatcher.unpatch_model",
     "comfy.model_patcher.ModelPatcher.partially_unload",
     "torch.nn.modules.module.Module.to",
+    "comfy.utils.tiled_scale_multidim",
 }
 # These want a model's real state dict or file, or a prompt.
 NOT_EXERCISED = {
@@ -48,7 +50,7 @@ NOT_EXERCISED = {
     "comfy.sd.VAE.__init__",
     "comfy.controlnet.load_controlnet_state_dict",
     "comfy.clip_vision.load_clipvision_from_sd",
-    *(hook.name for hook in computing.HOOKS),  # they compute with a real model
+    *(hook.name for hook in (*computing.HOOKS, *sampling.HOOKS)),  # they compute with a real model
     "execution.PromptExecutor.execute",
     "execution.PromptExecutor.reset",
 }
@@ -183,5 +185,6 @@ def test_every_exercised_hook_understands_its_call(registry: HookRegistry, ring:
     exercise(registry)
 
     assert not ring.named("hook.failed")
-    expected = {hook.asks for hook in HOOKS if hook.name in EXERCISED} - {PatchWeight}  # a question about GGUF layers only
+    elsewhere = {PatchWeight, ScaleTiles}  # questions about GGUF layers and VAEs only
+    expected = {hook.asks for hook in HOOKS if hook.name in EXERCISED} - elsewhere
     assert expected == {type(request) for request in asked}

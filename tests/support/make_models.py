@@ -262,6 +262,8 @@ MODELS = {
     "diffusion_models/middle_b": lambda: flux(12, hidden=512, depth=2, single=4),
     "diffusion_models/middle_fp32": lambda: flux(2, torch.float32, hidden=512, depth=2, single=4),
     "vae/taesd": lambda: taesd(4),
+    "vae/taesd_fp32": lambda: taesd(4, torch.float32),
+    "vae/taesd_other": lambda: taesd(6),
     "vae/wan": lambda: wan_vae(5),
     "text_encoders/clip_l": lambda: clip_l(6),
     "text_encoders/clip_l_other": lambda: clip_l(16),

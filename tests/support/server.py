@@ -23,6 +23,7 @@ PLUGIN = Path(__file__).parents[2]
 TESTING_NODES = Path(__file__).parent / "packs" / "testing_nodes"
 GGUF_NODES = Path(__file__).parent / "packs" / "gguf_nodes"
 NODE_CLOCK = Path(__file__).parent / "packs" / "node_clock"
+VAE_NODES = Path(__file__).parent / "packs" / "vae_nodes"
 PATCHING_NODES = Path(__file__).parent / "packs" / "patching_nodes"
 SIMULATED_NPU = Path(__file__).parent / "simulated_npu"
 SIMULATED_AIMDO = Path(__file__).parent / "simulated_aimdo"

@@ -97,6 +97,23 @@ def video(model: str, vae: str, *, seed: int = 1, prefix: str = "out") -> Workfl
     return flow
 
 
+def tiled_vae(vae: str, *, width: int = 192, height: int = 128, frames: int = 1, seed: int = 1, tile: int = 64,
+              prefix: str = "out") -> Workflow:
+    """Noise through a VAE in tiles: encoded, decoded, and encoded again. Nothing clips the first latent (`prefix`)."""
+    tiles = {"tile_size": tile, "overlap": 16, "temporal_size": 8, "temporal_overlap": 4}
+    loaded = ["vae", 0]
+    return {
+        "vae": node("VAELoader", vae_name=_file(vae)),
+        "grey": node("EmptyImage", width=width, height=height, batch_size=frames, color=0x808080),
+        "noise": node("ImageAddNoise", image=["grey", 0], seed=seed, strength=0.5),
+        "encode": node("VAEEncodeTiled", pixels=["noise", 0], vae=loaded, **tiles),
+        "decode": node("VAEDecodeTiled", samples=["encode", 0], vae=loaded, **tiles),
+        "encode_again": node("VAEEncodeTiled", pixels=["decode", 0], vae=loaded, **tiles),
+        "save": node("SaveLatent", samples=["encode", 0], filename_prefix=prefix),
+        "save_again": node("SaveLatent", samples=["encode_again", 0], filename_prefix=f"{prefix}_again"),
+    }
+
+
 def _sample(flow: Workflow, model: list[Any], clip: list[Any], seed: int, steps: int, size: int,
             loras: tuple[tuple[str, float], ...], vae: list[Any] | None, prefix: str, more: Workflow) -> Workflow:
     flow = {**flow, **more}

@@ -7,8 +7,10 @@ from typing import Any
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
+import comfy.sd
 import torch
 
+from ...models import ITSELF
 from ..parcels import Parcel, unpack
 
 
@@ -30,13 +32,16 @@ class Model:
 
     def patch(self, digest: str, parcel: Parcel) -> None:
         """Takes a patcher's state; the weights are patched when they are placed."""
-        state = dict(unpack(parcel, known=self._named()))
+        state = self._open(parcel)
         patcher = self._base.clone()
         hooks = state.pop("current_hooks")
         for name, value in state.items():
             setattr(patcher, name, value)
         self._patcher.patch_hooks(None)  # the clones share what undoes it
         self._digest, self._hooks, self._placed, self._patcher = digest, hooks, False, patcher
+
+    def _open(self, parcel: Parcel) -> dict[str, Any]:
+        return dict(unpack(parcel, known=self._named()))
 
     def must_have(self, digest: str) -> None:
         """
@@ -87,6 +92,33 @@ class Model:
         return {"": self._model, **dict(self._model.named_modules())}
 
 
+class Vae(Model):
+    """The model of a VAE, and a VAE made of the attributes of the host's."""
+
+    def __init__(self, model: Any, device: torch.device, offload_device: torch.device) -> None:
+        super().__init__(model, device, offload_device)
+        self._device = device
+        self._vae: Any = None
+        self._room = 0.0  # bytes that were kept free for a tile when it was placed
+
+    def _open(self, parcel: Parcel) -> dict[str, Any]:
+        self._vae = object.__new__(comfy.sd.VAE)  # its attributes may refer to it
+        state = super()._open(parcel)
+        vars(self._vae).update(state.pop("attributes"), patcher=self._base, device=self._device)
+        return state
+
+    def tile(self, function: Parcel, tile: torch.Tensor, room: float) -> torch.Tensor:
+        """What the host's function gives for a tile. `room` is the host's estimate of what the largest one takes, in bytes."""
+        if not self._placed or room > self._room:
+            comfy.model_management.load_models_gpu([self._patcher], memory_required=room)
+            self._placed, self._room = True, room
+        answer: torch.Tensor = unpack(function, known=self._named())(tile)
+        return answer
+
+    def _named(self) -> Mapping[str, Any]:
+        return {**super()._named(), ITSELF: self._vae}
+
+
 class Models:
     """All models of a worker, by the host's keys."""
 
@@ -94,10 +126,12 @@ class Models:
         self._device, self._offload_device = device, offload_device
         self._models: dict[str, Model] = {}
 
-    def add(self, key: str, parcel: Parcel) -> None:
-        self._models[key] = Model(unpack(parcel), self._device, self._offload_device)
+    def add(self, key: str, kind: str, parcel: Parcel) -> None:
+        """`kind` is `policies.models.Remote.kind`."""
+        made = Vae if kind == "vae" else Model
+        self._models[key] = made(unpack(parcel), self._device, self._offload_device)
 
-    def __getitem__(self, key: str) -> Model:
+    def __getitem__(self, key: str) -> Any:
         return self._models[key]
 
     def __iter__(self) -> Iterator[str]:

@@ -12,7 +12,8 @@ import torch
 
 from ...memory import process_memory
 from ..memo import Received
-from ..parcels import Parcel, pack
+from ..parcels import Parcel, pack, unpack
+from ..tiles import as_it_lay
 from .group import Group, open_port
 from .start import become, end_with
 
@@ -49,10 +50,10 @@ class Program:
         return {"pid": psutil.Process().pid, "device": str(self._device), "free_bytes": self._free(),
                 "private_bytes": memory.private, "shared_bytes": getattr(info, "pss", 0)}
 
-    def load(self, key: str, parcel: Parcel) -> None:
-        """Takes a model as it was built."""
+    def load(self, key: str, kind: str, parcel: Parcel) -> None:
+        """Takes a model as it was built; `kind` is `policies.models.Remote.kind`."""
         with torch.inference_mode():
-            self._models.add(key, parcel)
+            self._models.add(key, kind, parcel)
         self._attention.install()
 
     def patch(self, key: str, digest: str, parcel: Parcel) -> None:
@@ -85,6 +86,28 @@ class Program:
             packed = pack(answer, files=False)
         return {"answer": packed, "seconds": time.perf_counter() - started, "compute_seconds": computed - ready,
                 "free_bytes": self._free(), "shared": shared, "stateful": stateful}
+
+    def tile(self, key: str, digest: str, function: Parcel, parcel: Parcel, room: float) -> dict[str, Any]:
+        """One tile of a VAE's work.
+
+        Args:
+            function: of the host's, by what is here.
+            parcel: the tile, and its strides.
+            room: bytes that the largest tile takes beside the weights.
+
+        Raises:
+            KeyError: the VAE, or what is patched, is not here.
+            BaseException: it was called off.
+        """
+        self._management.throw_exception_if_processing_interrupted()
+        with torch.inference_mode():
+            vae = self._models[key]
+            vae.must_have(digest)
+            tile = as_it_lay(*unpack(parcel, writable=True))
+            started = time.perf_counter()
+            answer = vae.tile(function, tile, room)
+            computed = time.perf_counter()
+            return {"answer": pack(answer, files=False), "compute_seconds": computed - started}
 
     def _shared(self, model: Any, arguments: dict[str, Any]) -> tuple[torch.Tensor, int]:
         """(the prediction, calls of attention that were shared)."""

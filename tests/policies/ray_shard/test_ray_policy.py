@@ -132,6 +132,7 @@ class Remote:
     module: torch.nn.Module = field(default_factory=lambda: torch.nn.Linear(4, 4))
     built: Any = None
     asked: int = 0
+    kind: str = "diffusion_model"
 
     def as_built(self) -> Any:
         self.asked += 1
