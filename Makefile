@@ -18,7 +18,7 @@ demo: setup
 	$(RUN) tests/support/demo.py
 
 test: setup lint types
-	$(RUN) -m pytest $(PYTEST_ARGS)
+	$(RUN) -m pytest -n 2 $(PYTEST_ARGS)
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -53,10 +53,10 @@ class RemoteModel:
         modules = {id(module): name for name, module in self._patcher.model.named_modules()}
         return {**modules, id(self._patcher.model): ""}
 
-    def alters_layers(self) -> bool:
-        """Whether something beside weights is replaced in the layers: what packs inject, or a layer's own function."""
+    def altered(self) -> set[str]:
+        """What is replaced in the layers beside weights: functions of layers, and what packs inject."""
         replaced = {name for name in self._patcher.object_patches if name != "model_sampling"}
-        return bool(replaced or self._patcher.injections or self._patcher.weight_wrapper_patches)
+        return {*replaced, *self._patcher.injections, *self._patcher.weight_wrapper_patches}
 
     def place(self) -> None:
         comfy.model_management.load_models_gpu([self._patcher])

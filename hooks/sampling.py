@@ -38,8 +38,9 @@ def _step(call: HostCall) -> SampleStep | None:
     if device is None or not hasattr(patcher, "partially_unload"):
         return None
     alone = not any(guests)
+    apart = alone and not _callables({name: value for name, value in inner.items() if name not in _OUTER})
     return SampleStep("a sampling step", PatcherWeights(patcher), device, rewinder(device), alone, remote_of(patcher),
-                      lambda: _branches(call) if alone else {})
+                      lambda: _branches(call) if apart else {})
 
 
 def _branches(call: HostCall) -> Mapping[int, Callable[[], list[torch.Tensor]]]:
@@ -63,20 +64,23 @@ def _predict(call: HostCall) -> Predict | None:
     inner = options.get("wrappers", {}).get("diffusion_model", {})
     for name in _OUTER:
         options.pop(name, None)
-    guests = bool(any(inner.values())) or remote.alters_layers() or not _is_plain(options)
     if any(inner.values()):
         options["wrappers"] = {"diffusion_model": inner}
     arguments["transformer_options"] = options
+    guests = tuple(sorted({*_callables(options), *remote.altered()}))
     return Predict(remote, PatcherWeights(patcher), arguments.pop("x"), arguments, guests)
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether nothing in it can be called: numbers, names and tensors only."""
+def _callables(value: Any) -> set[str]:
+    """The names of what is in it beside numbers, names and tensors: it may be called."""
     if isinstance(value, Mapping):
-        return all(map(_is_plain, value.values()))
+        return set().union(*map(_callables, value.values()))
     if isinstance(value, (list, tuple, set)):
-        return all(map(_is_plain, value))
-    return isinstance(value, _PLAIN) or type(value).__module__ in ("uuid", "numpy")
+        return set().union(*map(_callables, value))
+    if isinstance(value, _PLAIN) or type(value).__module__ in ("uuid", "numpy"):
+        return set()
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return {f"{named.__module__}.{named.__qualname__}"}
 
 
 def _room(call: HostCall) -> BatchRoom | None:

@@ -39,14 +39,14 @@ class Predict(Request):
     Attributes:
         x: the latents, (batch, channels, ...).
         rest: the other arguments by the host's names: conditioning, ControlNet residuals, options.
-        guests: callables of packs that take part in the prediction.
+        guests: the names of what packs have in it, which may look at the whole batch and keep a state of its own.
     """
 
     remote: Remote
     weights: Weights
     x: torch.Tensor
     rest: Mapping[str, Any]
-    guests: bool
+    guests: tuple[str, ...]
 
 
 @dataclass(frozen=True)

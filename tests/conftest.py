@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from support.loading import COMFYUI, ROOT, TREES, VERSIONS, load
@@ -20,6 +21,13 @@ from residency.telemetry.sinks import Ring
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What needs no server goes first: a mistake shows early, and no server idles beside it."""
     items.sort(key=lambda item: "e2e" in item.path.parts)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from support.processes import ByServers
+
+    return ByServers(config, log)
 
 
 @pytest.fixture

@@ -92,8 +92,8 @@ class Crew:
                     raise Lost([by_reference[one] for one in pending], f"no answer in {seconds:.0f} s")
         except BaseException as error:
             gone = error.workers if isinstance(error, Lost) else ()  # whoever hears of it replaces these
-            self._change(partial(self._call_off, {worker: reference for worker, reference in asked.items()
-                                                  if reference not in answers and worker not in gone}))
+            left = {worker: one for worker, one in asked.items() if one not in answers and worker not in gone}
+            self._change(partial(self._call_off, left, regroup=not gone))
             raise
         return [answers[reference] for reference in asked.values()]
 
@@ -198,8 +198,8 @@ class Crew:
         for worker in workers:
             emit("worker.replaced", worker=worker.rank, device=worker.device, seconds=time.perf_counter() - started)
 
-    def _call_off(self, asked: Mapping[Worker, Any]) -> None:
-        """Lets cancelled workers end their step; who does not is replaced."""
+    def _call_off(self, asked: Mapping[Worker, Any], regroup: bool) -> None:
+        """Lets cancelled workers end their step; who does not is replaced. They meet again, if they will not anyway."""
         if self.broken or not asked:
             return
         telling = [worker.tell("cancel", True) for worker in asked]
@@ -211,7 +211,7 @@ class Crew:
         late += [worker for worker, reference in going_on.items() if reference in stuck or is_dead(reference)]
         if late:
             self.lose(late, "it did not end its step")
-        elif self.grouped:
+        elif self.grouped and regroup:
             self._group()
 
     def _tell(self, what: str, arguments: Sequence[Any]) -> None:

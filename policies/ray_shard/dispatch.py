@@ -11,7 +11,7 @@ import pickle
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +67,7 @@ class Dispatcher:
 
     def __init__(self, settings: Settings, crew: Crew, freighter: Freighter) -> None:
         self._settings, self._crew, self._freighter = settings, crew, freighter
-        self._refused: set[tuple[str, str, str]] = set()  # (model, what is patched, way)
+        self._refused: dict[tuple[Any, ...], str] = {}  # why, by model, what is patched, packs that take part, and way
         self._verified: set[tuple[Any, ...]] = set()
         self._told: set[tuple[str, str, str]] = set()
         self._in_a_row: Counter[str] = Counter()  # failures, by model
@@ -92,7 +92,7 @@ class Dispatcher:
         if not workers:
             return None, self._crew.broken
         try:
-            return self._elsewhere(request, workers), "no way is left that suits it"
+            return self._elsewhere(request, workers)
         except Lost as lost:
             self._crew.lose(lost.workers, str(lost))
             return None, str(lost)
@@ -111,22 +111,31 @@ class Dispatcher:
             for worker in workers:
                 worker.sent.clear()  # what was on its way may not have come
 
-    def _elsewhere(self, request: Predict, workers: Sequence[Worker]) -> Found | None:
-        """The workers' answer; None where no way leads to it."""
+    def _elsewhere(self, request: Predict, workers: Sequence[Worker]) -> tuple[Found | None, str]:
+        """The workers' answer, or why no way leads to it."""
         with self._sending:
             freight = self._freighter.deliver(request.remote, workers)
-        for way in self._ways(request, freight, workers):
+        reason = ""
+        for way in self._ways(request, workers):
+            reason = self._refused.get(_case(request, freight, way), "")
+            if reason:
+                continue
             try:
                 answer = self._ask(request, freight, way, workers)
             except Unsuited as unsuited:
-                self._refused.add((freight.key, freight.digest, way.name))
-                self._tell(request, way.name, str(unsuited))
+                reason = self._refuse(request, freight, way, str(unsuited))
             else:
                 self._in_a_row.pop(freight.key, None)
-                return Found(freight, way, answer)
-        return None
+                return Found(freight, way, answer), ""
+        return None, reason
 
-    def _ways(self, request: Predict, freight: Freight, workers: Sequence[Worker]) -> Iterator[Way]:
+    def _refuse(self, request: Predict, freight: Freight, way: Way, reason: str) -> str:
+        """Does not go this way again."""
+        self._refused[_case(request, freight, way)] = reason
+        self._tell(request, way.name, reason)
+        return reason
+
+    def _ways(self, request: Predict, workers: Sequence[Worker]) -> list[Way]:
         """In the order in which they are tried. Packs see the whole batch, on every worker that they are asked on."""
         count = request.x.shape[0]
         whole = rows.Share(0, tuple(range(count)), tuple(range(rows.chunks_of(request.rest, count))))
@@ -136,13 +145,12 @@ class Dispatcher:
         if self._crew.grouped and lane().count == 1:
             together = Way(HEADS, [rows.Share(place, whole.rows, whole.chunks) for place in range(len(workers))])
             ways.insert(0 if len(shares) == 1 else 1, together)
-        return (way for way in ways if (freight.key, freight.digest, way.name) not in self._refused)
+        return ways
 
     def _verify(self, request: Predict, proceed: Proceed, found: Found) -> Any:
         """The workers' answer, or the host's own where both were computed to be compared."""
         freight, way = found.freight, found.way
-        patched = freight.digest if request.guests else ""
-        kind = (freight.name, patched, way.name, len(way.shares), *request.x.shape)
+        kind = (freight.name, request.guests, way.name, len(way.shares), *request.x.shape)
         if self._settings.verify == "off" or (self._settings.verify == "first_step" and kind in self._verified):
             return found.answer
         expected = self._predict_here(request, proceed)
@@ -150,8 +158,7 @@ class Dispatcher:
         if error <= _tolerance(request):
             self._verified.add(kind)
         else:
-            self._refused.add((freight.key, freight.digest, way.name))
-            self._tell(request, LOCAL, f"shared out by {way.name} it differs by {error:.1e}")
+            self._refuse(request, freight, way, f"what the workers computed differs by {error:.1e} of the largest value")
         return expected
 
     def _ask(self, request: Predict, freight: Freight, way: Way, workers: Sequence[Worker]) -> torch.Tensor:
@@ -162,7 +169,8 @@ class Dispatcher:
                 worker = workers[share.worker]
                 parcel = self._parcel(request, share, worker)
                 sent += len(parcel.data) + parcel.copied_bytes
-                asked[worker] = worker.ask("predict", freight.key, freight.digest, parcel, way.name == HEADS, request.guests)
+                asked[worker] = worker.ask("predict", freight.key, freight.digest, parcel, way.name == HEADS,
+                                             bool(request.guests))
         answers = self._crew.gather(asked, self._settings.timeout_seconds, lane().check)
         for worker, answer in zip(asked, answers, strict=True):
             worker.about["free_bytes"] = answer["free_bytes"]
@@ -193,6 +201,11 @@ class Dispatcher:
         if (model, way, reason) not in self._told:
             self._told.add((model, way, reason))
             emit("shard.demoted", model=model, way=way, reason=reason)
+
+
+def _case(request: Predict, freight: Freight, way: Way) -> tuple[Any, ...]:
+    """What a way suits, or does not."""
+    return freight.key, freight.digest, request.guests, way.name
 
 
 def _difference(answer: torch.Tensor, expected: torch.Tensor) -> float:

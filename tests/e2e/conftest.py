@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -33,6 +34,8 @@ MODELS = (
     "text_encoders/clip_l_q8.gguf", "text_encoders/clip_l_q8_fp16", "text_encoders/clip_l_scaled_fp8",
     "text_encoders/clip_l_scaled_fp16",
 )
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background jobs ignore it, and so would their servers
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Room for one of the middle models and what ComfyUI keeps free for sampling, but not for two.
 SMALL_DEVICE_MB = 1320
 
@@ -123,12 +126,12 @@ def check_loader_nodes(server: Server, *kinds: str) -> None:
 
 @pytest.fixture
 def own_model(models: Path) -> Iterator[Callable[[str, str], Path]]:
-    """Copies of a model under other names, to be changed and deleted."""
+    """Copies of a model under other names, to be changed and deleted; of this process alone, others use the folder too."""
     made: list[Path] = []
 
     def copy(name: str, source: str) -> Path:
         original = models / (source if "/" in source else f"diffusion_models/{source}.safetensors")
-        made.append(original.with_name(name + original.suffix))
+        made.append(original.with_name(f"{name}_{os.getpid()}{original.suffix}"))
         shutil.copyfile(original, made[-1])
         return made[-1]
 
@@ -144,6 +147,18 @@ def empty(server: Server) -> None:
         with suppress(AssertionError):
             return wait_for(lambda: sum(server.used()) < MB, 5)
     raise AssertionError("the devices were not emptied")
+
+
+@contextmanager
+def shrunk(server: Server, device_mb: float) -> Iterator[None]:
+    """A simulated device with less memory for a while, and with nothing on it before and after."""
+    empty(server)
+    server.shrink(device_mb)
+    try:
+        yield
+    finally:
+        server.shrink(server.device_mb or 0)
+        empty(server)
 
 
 @contextmanager

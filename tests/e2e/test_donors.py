@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import COMFYUI
-from e2e.conftest import empty, troubles
+from e2e.conftest import empty, shrunk, troubles
 from support import workflows
 from support.server import MB, Server
 
@@ -87,25 +87,19 @@ def test_another_model_gives_something_else(alone: Server, lending: Server) -> N
     assert float((expected - lending.latents()).abs().max() / expected.std()) > 0.01
 
 
-@pytest.fixture(scope="module")
-def split(models: Path, simulated_npu: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """ComfyUI on one device that holds a part of a model."""
-    with Server(COMFYUI, tmp_path_factory.mktemp("split"), models, plugin=False, device_mb=1265, env=ONE_THREAD) as server:
-        yield server
-
-
-def test_a_lora_is_rounded_as_by_comfyui_at_the_same_split(split: Server, lending: Server, alone: Server, change) -> None:  # type: ignore[no-untyped-def]
+def test_a_lora_is_rounded_as_by_comfyui_at_the_same_split(alone: Server, lending: Server, change) -> None:  # type: ignore[no-untyped-def]
     """Added at each use where a weight streams, also from another device; it does something, and leaves no trace. Nothing is
     copied back from a device."""
     def as_split(flow: workflows.Workflow) -> torch.Tensor:
-        split.run(flow)
-        change(f"npu:0,{float(loaded(split).split()[0]) + 0.01}mb;npu:1,{LENT}b")
-        return same(split, lending, flow)
+        with shrunk(alone, 1265):  # it holds a part of the model
+            alone.run(flow)
+            change(f"npu:0,{float(loaded(alone).split()[0]) + 0.01}mb;npu:1,{LENT}b")
+            return same(alone, lending, flow)
 
     plain = same(alone, lending, workflows.text_to_latent("middle_a"))
     before = lending.device()["to_host"]
     lora = as_split(workflows.text_to_latent("middle_a", loras=LORA))
-    assert loaded(split) == loaded(lending)
+    assert loaded(alone) == loaded(lending)
     assert lending.used()[1] > LENT - LARGEST
     assert torch.equal(plain, same(alone, lending, workflows.text_to_latent("middle_a")))
     assert lending.device()["to_host"] - before < MB

@@ -4,17 +4,17 @@ ComfyUI alone cannot open them, so it gets their twin: the same weights, dequant
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
 import numpy
 import pytest
 import torch
-from conftest import COMFYUI
-from e2e.conftest import Pair, troubles
+from e2e.conftest import Pair, shrunk, troubles
 from support import workflows
 from support.gguf_files import save
-from support.server import MB, PromptFailed, Server
+from support.server import MB, PromptFailed
 
 LORA = (("flux_mixed", 1.0),)
 FILE = "flux_mixed.gguf"
@@ -108,23 +108,21 @@ def test_a_workflow_that_comes_back_reads_nothing(npu_pair: Pair, models: Path) 
     assert maps[0] == maps[2]
 
 
-def test_a_model_that_nobody_knows_is_named_by_its_architecture(cpu_pair: Pair, models: Path) -> None:
+def test_a_model_that_nobody_knows_is_named_by_its_architecture(cpu_pair: Pair, own_model: Callable[[str, str], Path]) -> None:
     """ComfyUI says which file it was, and a line what the file takes itself for."""
-    file = models / "diffusion_models" / "unknown.gguf"
+    file = own_model("unknown", f"diffusion_models/{FILE}")
     save(file, "gpt-nobody", {"some.weight": numpy.ones((32, 256), numpy.float32),
                               "more.weight": (numpy.zeros((32, 272), numpy.uint8), gguf.GGMLQuantizationType.Q8_0)})
-    try:
-        with pytest.raises(PromptFailed, match=r"unknown\.gguf"):
-            cpu_pair.plugin.run(workflows.text_to_latent("unknown.gguf"))
-    finally:
-        file.unlink()
+    with pytest.raises(PromptFailed, match=file.name):
+        cpu_pair.plugin.run(workflows.text_to_latent(file.name))
     assert "The GGUF file says that it is: gpt-nobody" in cpu_pair.plugin.log()
 
 
-def test_a_model_that_does_not_fit_streams_from_the_mapping(npu_pair: Pair, models: Path, tmp_path: Path) -> None:
+def test_a_model_that_does_not_fit_streams_from_the_mapping(npu_pair: Pair) -> None:
     """Part of it stays off the device, mapped, and the latents are those of the twin that fits."""
     npu_pair.alone.run(workflows.text_to_latent("middle_q8_a_bf16"))
-    with Server(COMFYUI, tmp_path, models, device_mb=1230) as server:
+    server = npu_pair.plugin
+    with shrunk(server, 1230):
         server.run(workflows.text_to_latent("middle_q8_a.gguf"))
         server.run(workflows.text_to_latent("middle_q8_a.gguf", loras=(("middle", 1.0),), prefix="lora"))
         server.run(workflows.text_to_latent("middle_q8_a.gguf", seed=2, prefix="other"))
@@ -157,20 +155,17 @@ def test_gguf_files_are_listed_where_a_diffusion_model_is_chosen(pair: Pair) -> 
 
 
 @pytest.mark.parametrize(("spoil", "words"), [
-    pytest.param(lambda data: data[:len(data) // 2], "spoilt.gguf", id="truncated"),
+    pytest.param(lambda data: data[:len(data) // 2], "", id="truncated"),
     pytest.param(lambda data: b"GGUF" + (99).to_bytes(4, "little") + data[8:], "version", id="a version to come"),
-    pytest.param(lambda data: b"nope" + data[4:], "spoilt.gguf", id="no GGUF"),
-    pytest.param(lambda data: b"", "spoilt.gguf", id="no bytes"),
+    pytest.param(lambda data: b"nope" + data[4:], "", id="no GGUF"),
+    pytest.param(lambda data: b"", "", id="no bytes"),
 ])
-def test_a_bad_file_is_an_error_of_one_prompt(cpu_pair: Pair, models: Path, spoil, words: str) -> None:  # type: ignore[no-untyped-def]
+def test_a_bad_file_is_an_error_of_one_prompt(cpu_pair: Pair, own_model, spoil, words: str) -> None:  # type: ignore[no-untyped-def]
     """The error names the file, and the next prompt succeeds."""
-    file = models / "diffusion_models" / "spoilt.gguf"
-    file.write_bytes(spoil((models / "diffusion_models" / FILE).read_bytes()))
-    try:
-        with pytest.raises(PromptFailed) as failure:
-            cpu_pair.plugin.run(workflows.text_to_latent("spoilt.gguf"))
-        assert words in str(failure.value)
-        assert cpu_pair.plugin.maps("spoilt.gguf") == []
-    finally:
-        file.unlink()
+    file = own_model("spoilt", f"diffusion_models/{FILE}")
+    file.write_bytes(spoil(file.read_bytes()))
+    with pytest.raises(PromptFailed) as failure:
+        cpu_pair.plugin.run(workflows.text_to_latent(file.name))
+    assert (words or file.name) in str(failure.value)
+    assert cpu_pair.plugin.maps(file.name) == []
     latents(cpu_pair, workflows.text_to_latent)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import COMFYUI
-from e2e.conftest import SMALL_DEVICE_MB, Pair, troubles
+from e2e.conftest import SMALL_DEVICE_MB, Pair, empty, shrunk, troubles
 from support import workflows
 from support.server import MB, Server
 
@@ -17,10 +17,13 @@ MODULE = 8 * MB  # the largest of the middle models
 
 
 @pytest.fixture(scope="module")
-def server(models: Path, simulated_npu: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with Server(COMFYUI, tmp_path_factory.mktemp("plugin"), models, device_mb=SMALL_DEVICE_MB) as server:
-        yield server
-        assert troubles(server) == []
+def server(npu_pair: Pair) -> Iterator[Server]:
+    """With the plugin; whoever comes next finds it without a rule."""
+    empty(npu_pair.plugin)
+    yield npu_pair.plugin
+    npu_pair.plugin.settings("")
+    empty(npu_pair.plugin)
+    assert troubles(npu_pair.plugin) == []
 
 
 def rule(**effects: object) -> str:
@@ -59,12 +62,10 @@ def test_a_limit_is_kept_to_the_byte_and_the_latents_are_the_same(server: Server
     assert not torch.equal(server.latents(), npu_pair.alone.latents())  # the comparison can fail
 
 
-def test_with_a_lora_it_is_as_comfyui_alone_at_the_same_split(server: Server, npu_pair: Pair, models: Path,
-                                                              tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_with_a_lora_it_is_as_comfyui_alone_at_the_same_split(server: Server, npu_pair: Pair) -> None:
     """ComfyUI rounds a LoRA in another way where a module is streamed, so like is compared with like."""
-    flow = workflows.text_to_latent("middle_a", loras=(("middle", 1.0),))
-    with Server(COMFYUI, tmp_path_factory.mktemp("alone"), models, plugin=False, device_mb=SMALL_DEVICE_MB,
-                args=["--reserve-vram", "0.43"]) as alone:
+    flow, alone = workflows.text_to_latent("middle_a", loras=(("middle", 1.0),)), npu_pair.alone
+    with shrunk(alone, SMALL_DEVICE_MB - 40):
         alone.run(flow)
         held = float(re.findall(r"loaded partially; .*? ([0-9.]+) MB loaded", alone.log())[-1])
         split = alone.latents()

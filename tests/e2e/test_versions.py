@@ -2,15 +2,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TREES, VERSIONS
-from e2e.conftest import SMALL_DEVICE_MB, empty, troubles
+from e2e.conftest import SMALL_DEVICE_MB, Pair, empty, started, troubles
 from support import workflows
-from support.server import MB, Server, both
+from support.server import MB, Server
 
 LORA = workflows.text_to_latent("middle_a", loras=(("middle", 1.0),), prefix="lora")
 
@@ -30,53 +30,53 @@ def survives_an_out_of_memory(server: Server) -> None:
         server.run(flow(2))
 
 
-@pytest.mark.parametrize("version", VERSIONS[:-1])  # the other tests run on the last
-def test_a_workflow_swaps_models_loads_each_once_and_gives_the_same_latents(version: str, models: Path, simulated_npu: None,
-                                                            tmp_path: Path) -> None:
+@pytest.fixture(scope="module", params=VERSIONS[:-1])  # the other tests run on the last
+def release(request: pytest.FixtureRequest, models: Path, simulated_npu: None,
+            tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """One release without and with the plugin, beside a second device that nobody uses unless a setting says so."""
+    env = {"SIMNPU_DEVICES": "2", "OMP_NUM_THREADS": "1"}
+    with started(models, tmp_path_factory, SMALL_DEVICE_MB, comfyui=TREES / request.param, packs=[], env=env) as pair:
+        assert pair.plugin.events("plugin.started")[0]["host"] == request.param
+        yield pair
+
+
+def test_a_workflow_swaps_models_loads_each_once_and_gives_the_same_latents(release: Pair) -> None:
     """Two models, a LoRA and a GGUF file on a device that holds one model: mapped, swapped without a copy, loaded once though
     three workflows take turns, and the same bit for bit. An out-of-memory costs no prompt."""
     found = {}
-    options = {"models": models, "device_mb": SMALL_DEVICE_MB}
-    with both(partial(Server, TREES / version, tmp_path / "alone", plugin=False, **options),
-              partial(Server, TREES / version, tmp_path / "plugin", **options)) as servers:
-        for server in servers:
-            server.run(workflows.both("middle_a", "middle_b"))
-            server.run(LORA)
-            server.run(workflows.text_to_latent(GGUF[server.plugin], loras=(("flux_mixed", 1.0),), prefix="gguf"))
-            server.run(workflows.both("middle_b", "middle_a"))
-            before = server.device()["to_host"]
-            server.run(workflows.both("middle_a", "middle_b", seed=2))
-            copied = server.device()["to_host"] - before
-            found[server.plugin] = [server.latents(prefix) for prefix in ("out_a", "out_b", "lora", "gguf")]
-        survives_an_out_of_memory(server)
-        assert troubles(server) == []
-        assert server.events("plugin.started")[0]["host"] == version
-        assert copied < 1 * MB
-        misses = Counter(event["model"] for event in server.events("cache.miss"))
-        hits = {event["model"] for event in server.events("cache.hit")}
-        assert set(misses.values()) == {1}
-        assert {"middle_a.safetensors", "middle_b.safetensors"} <= hits
-
+    for server in (release.alone, release.plugin):
+        server.run(workflows.both("middle_a", "middle_b"))
+        server.run(LORA)
+        server.run(workflows.text_to_latent(GGUF[server.plugin], loras=(("flux_mixed", 1.0),), prefix="gguf"))
+        server.run(workflows.both("middle_b", "middle_a"))
+        before = server.device()["to_host"]
+        server.run(workflows.both("middle_a", "middle_b", seed=2))
+        copied = server.device()["to_host"] - before
+        found[server.plugin] = [server.latents(prefix) for prefix in ("out_a", "out_b", "lora", "gguf")]
+    survives_an_out_of_memory(server)
+    assert troubles(server) == []
+    assert copied < 1 * MB
+    misses = Counter(event["model"] for event in server.events("cache.miss"))
+    hits = {event["model"] for event in server.events("cache.hit")}
+    assert set(misses.values()) == {1}
+    assert {"middle_a.safetensors", "middle_b.safetensors"} <= hits
     assert [torch.equal(alone, plugin) for alone, plugin in zip(found[False], found[True], strict=True)] == [True] * 4
 
 
-@pytest.mark.parametrize("version", VERSIONS[:-1])
-def test_a_second_device_lends_memory_and_gives_it_back(version: str, models: Path, simulated_npu: None,
-                                                        tmp_path: Path) -> None:
+def test_a_second_device_lends_memory_and_gives_it_back(release: Pair) -> None:
     """The latents of a model that is on one device, and of one that is on two and in RAM, are the same; no copy comes back."""
-    env = {"SIMNPU_DEVICES": "2", "OMP_NUM_THREADS": "1"}
-    with Server(TREES / version, tmp_path, models, device_mb=SMALL_DEVICE_MB, env=env) as server:
-        server.run(workflows.text_to_latent("middle_a"))
-        empty(server)
-        settings = server.base / "user" / "residency" / "settings.toml"
-        settings.write_text('[hybrid_split]\ndevices = "npu:0,30mb;npu:1,20mb;cpu,*"\n')
-        whole = server.latents()
-        server.run(workflows.text_to_latent("middle_a", prefix="lent"))
-        lent, copied = server.used()[1], server.device()["to_host"]
-        empty(server)
+    server = release.plugin
+    empty(server)
+    server.run(workflows.text_to_latent("middle_a"))
+    empty(server)
+    server.settings('[hybrid_split]\ndevices = "npu:0,30mb;npu:1,20mb;cpu,*"\n')
+    whole = server.latents()
+    server.run(workflows.text_to_latent("middle_a", prefix="lent"))
+    lent, copied = server.used()[1], server.device()["to_host"]
+    empty(server)
 
-        assert torch.equal(whole, server.latents("lent"))
-        assert 16 * MB < lent <= 20 * MB
-        assert server.used()[1] == 0
-        assert server.device()["to_host"] - copied < MB
-        assert troubles(server) == []
+    assert torch.equal(whole, server.latents("lent"))
+    assert 16 * MB < lent <= 20 * MB
+    assert server.used()[1] == 0
+    assert server.device()["to_host"] - copied < MB
+    assert troubles(server) == []

@@ -8,16 +8,19 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from filelock import FileLock
+
 from support.server import SIMULATED_NPU
 
 
 def make_models(comfyui: Path, folder: Path, names: Iterable[str]) -> Path:
-    """Makes the random-weight models that are not there yet, and returns the models folder."""
-    missing = [name for name in names
-               if not (folder / (name if name.endswith((".pt", ".gguf")) else f"{name}.safetensors")).exists()]
-    if missing:
-        script = Path(__file__).with_name("make_models.py")
-        subprocess.run([sys.executable, str(script), str(comfyui), str(folder), *missing], check=True, stdout=sys.stderr)
+    """Makes the random-weight models that are not there yet, and returns the models folder. Others may want them meanwhile."""
+    with FileLock(f"{folder}.lock"):
+        missing = [name for name in names
+                   if not (folder / (name if name.endswith((".pt", ".gguf")) else f"{name}.safetensors")).exists()]
+        if missing:
+            script = Path(__file__).with_name("make_models.py")
+            subprocess.run([sys.executable, str(script), str(comfyui), str(folder), *missing], check=True, stdout=sys.stderr)
     return folder
 
 

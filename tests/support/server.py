@@ -23,6 +23,7 @@ PLUGIN = Path(__file__).parents[2]
 TESTING_NODES = Path(__file__).parent / "packs" / "testing_nodes"
 GGUF_NODES = Path(__file__).parent / "packs" / "gguf_nodes"
 NODE_CLOCK = Path(__file__).parent / "packs" / "node_clock"
+PATCHING_NODES = Path(__file__).parent / "packs" / "patching_nodes"
 SIMULATED_NPU = Path(__file__).parent / "simulated_npu"
 SIMULATED_AIMDO = Path(__file__).parent / "simulated_aimdo"
 DYNAMIC_VRAM = ("--enable-dynamic-vram", "--disable-pinned-memory")
@@ -69,7 +70,7 @@ class Server:
                           "SIMNPU_TROUBLE": str(self._trouble_file),
                           "PYTHONPATH": os.pathsep.join([str(SIMULATED_NPU), *([str(SIMULATED_AIMDO)] if dynamic_vram else []),
                                                          os.environ.get("PYTHONPATH", "")])}
-        self.simulated, self.dynamic_vram = device_mb is not None, dynamic_vram
+        self.device_mb, self.simulated, self.dynamic_vram = device_mb, device_mb is not None, dynamic_vram
         self.log_file = base / "server.log"
         command = [sys.executable, str(comfyui / "main.py"), "--port", str(self.port), "--base-directory", str(base),
                    "--front-end-root", str(base / "web"), "--database-url", "sqlite:///:memory:", "--disable-api-nodes",

@@ -50,7 +50,7 @@ def parse(data: bytes) -> Header:
 
 
 def is_mapped(path: str) -> bool:
-    return any(os.path.basename(path) in line for line in Path("/proc/self/maps").read_text().splitlines())
+    return any(os.path.realpath(path) in line for line in Path("/proc/self/maps").read_text().splitlines())
 
 
 @pytest.fixture

@@ -1,0 +1,174 @@
+"""Workers that die, hang, or are left behind; files that change; servers beside each other. Each prompt ends as it should."""
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import COMFYUI
+from e2e.conftest import wait_for
+from e2e.test_ray import FLUX, SD3, TOLERANCE, patched, sampled, settings
+from support import workflows
+from support.server import PATCHING_NODES, Server
+from support.workflows import Workflow
+
+pytestmark = pytest.mark.ray
+
+STEPS = 30
+
+
+@pytest.fixture
+def start(models: Path, tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """Starts servers with workers, and ends them."""
+    servers: list[Server] = []
+
+    def make(text: str = settings(2, verify="off"), plugin: bool = True) -> Server:
+        folder = tmp_path / str(len(servers))
+        servers.append(Server(COMFYUI, folder, models, settings=text, plugin=plugin, packs=[PATCHING_NODES]))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.stop()
+
+
+def workers(server: Server) -> list[psutil.Process]:
+    """The processes that run the workers' program."""
+    return [process for process in relatives(server) if _name(process) == "ray::Actor"]
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return process.cmdline()[0].split(".")[0]
+    except (psutil.Error, IndexError):
+        return ""
+
+
+def relatives(server: Server) -> list[psutil.Process]:
+    """Every process that the server started."""
+    return psutil.Process(server.process.pid).children(recursive=True)
+
+
+def all_gone(processes: Sequence[psutil.Process], seconds: float = 10) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=seconds)
+    assert [process.cmdline()[:2] for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def expected(start: Callable[..., Server], *flows: Workflow) -> list[torch.Tensor]:
+    server = start(plugin=False)
+    found = []
+    for flow in flows:
+        server.run(flow)
+        found.append(server.latents())
+    server.stop()
+    return found
+
+
+def error(server: Server, wanted: torch.Tensor) -> float:
+    return float((server.latents() - wanted).abs().max() / wanted.abs().max())
+
+
+@pytest.mark.parametrize("flow", [
+    pytest.param(sampled(FLUX, steps=STEPS, seed=41), id="by rows"),
+    pytest.param(sampled(SD3, cfg=1.0, steps=STEPS, seed=41), id="by heads"),
+])
+def test_a_worker_that_dies_is_replaced_and_its_step_is_done_here(start: Callable[..., Server], flow: Workflow) -> None:
+    """Before a prompt, and in the middle of a step: the latents are the same, and the next prompt has two workers again."""
+    wanted, = expected(start, flow)
+    server = start()
+    server.run(sampled(flow, seed=1))
+    workers(server)[1].kill()
+    server.run(flow)
+    assert error(server, wanted) <= TOLERANCE
+    wait_for(lambda: len(server.events("worker.replaced")) == 1, 60)
+
+    prompt = server.queue(sampled(flow, seed=2))
+    wait_for(lambda: len(workers(server)) == 2)
+    time.sleep(0.3)
+    workers(server)[0].kill()
+    server.finish(prompt)
+    wait_for(lambda: len(server.events("worker.replaced")) == 2, 60)
+
+    server.run(sampled(flow, seed=3))
+    server.run(sampled(flow, seed=41))
+    assert "local" not in server.events("shard.finished")[-1]["calls"]
+    assert error(server, wanted) <= TOLERANCE
+
+
+def test_a_worker_that_hangs_is_replaced(start: Callable[..., Server]) -> None:
+    """After the time that the settings give it; the step is done here."""
+    flow = sampled(FLUX, steps=4, seed=42)
+    wanted, = expected(start, flow)
+    server = start(settings(2, verify="off", timeout_seconds=5))
+    server.run(sampled(flow, seed=1))
+    stopped = workers(server)[0]
+    stopped.suspend()
+    began = time.monotonic()
+    server.run(flow)
+    assert error(server, wanted) <= TOLERANCE
+    assert time.monotonic() - began < 90
+    assert "no answer" in server.events("worker.lost")[0]["reason"]
+    wait_for(lambda: len(server.events("worker.replaced")) >= 1, 60)
+    assert not stopped.is_running()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=lambda how: how.name)
+def test_nothing_is_left_of_a_server_that_ends(start: Callable[..., Server], how: signal.Signals) -> None:
+    """However it ends, in the middle of a step: no process that it started lives ten seconds later."""
+    server = start()
+    server.run(FLUX)
+    server.queue(patched(sampled(FLUX, steps=50, seed=2), "PauseInModel", 1.0))
+    time.sleep(1)
+    family = relatives(server)
+    assert len(family) > 3
+    os.kill(server.process.pid, how)
+    server.process.wait(30)
+    all_gone(family)
+
+
+def test_two_servers_do_not_meet(start: Callable[..., Server]) -> None:
+    """Each has workers of its own, and the end of one does not touch the other."""
+    wanted, = expected(start, FLUX)
+    one, other = start(), start()
+    for server in (one, other):
+        server.run(FLUX)
+        assert error(server, wanted) <= TOLERANCE
+    mine = {process.pid for process in workers(one)}
+    assert len(mine) == 2
+    assert not mine & {process.pid for process in workers(other)}
+    other.stop()
+    one.run(sampled(FLUX, seed=2))
+    assert {process.pid for process in workers(one)} == mine
+    assert "local" not in one.events("shard.finished")[-1]["calls"]
+
+
+def test_a_file_that_was_replaced_is_not_mapped_by_a_worker(start: Callable[..., Server],
+                                                           own_model: Callable[[str, str], Path]) -> None:
+    """A worker that is started anew finds another file under the name: the host has the old one still, and computes."""
+    file = own_model("ray_replaced", "flux_a_fp32")
+    flow = workflows.text_to_latent("ray_replaced")
+    wanted, = expected(start, sampled(FLUX, seed=1))
+    server = start()
+    server.run(sampled(flow, seed=5))
+    other = file.with_suffix(".new")
+    other.write_bytes((file.parent / "flux_b_fp32.safetensors").read_bytes())
+    os.replace(other, file)
+    for worker in workers(server):
+        worker.kill()
+    server.run(sampled(flow, seed=1))
+    assert error(server, wanted) <= TOLERANCE
+
+
+def test_free_takes_the_workers_memory_too(start: Callable[..., Server]) -> None:
+    """And the next prompt has its model again."""
+    server = start()
+    server.run(FLUX)
+    server.free()
+    time.sleep(2)
+    server.run(sampled(FLUX, seed=2))
+    assert "local" not in server.events("shard.finished")[-1]["calls"]
