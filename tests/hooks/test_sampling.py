@@ -56,6 +56,15 @@ def host(ring: Ring) -> Iterator[Host]:
     assert not ring.named("hook.failed")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The model is too small for several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def original() -> Any:
     return tiny.patcher()
@@ -149,14 +158,14 @@ class TestPredicting:
         assert (calls, set(wrappers)) == (["wrapped"], {"diffusion_model", "outer_sample"})
 
     @pytest.mark.parametrize(("change", "guests"), [
-        (lambda patcher: patcher.add_object_patch("diffusion_model.out.2", torch.nn.Identity()), True),
-        (lambda patcher: patcher.add_object_patch("model_sampling", patcher.model.model_sampling), False),
-        (lambda patcher: patcher.add_weight_wrapper(tiny.KEYS[0], print), True),
-        (lambda patcher: patcher.set_injections("pack", [comfy.patcher_extension.PatcherInjection(print, print)]), True),
-        (lambda patcher: patcher.add_patches(tiny.difference(patcher, 1)), False),
-        (lambda patcher: patcher.set_attachments("pack", object()), False),
+        (lambda patcher: patcher.add_object_patch("diffusion_model.out.2", torch.nn.Identity()), ("diffusion_model.out.2",)),
+        (lambda patcher: patcher.add_object_patch("model_sampling", patcher.model.model_sampling), ()),
+        (lambda patcher: patcher.add_weight_wrapper(tiny.KEYS[0], print), (tiny.KEYS[0],)),
+        (lambda patcher: patcher.set_injections("pack", [comfy.patcher_extension.PatcherInjection(print, print)]), ("pack",)),
+        (lambda patcher: patcher.add_patches(tiny.difference(patcher, 1)), ()),
+        (lambda patcher: patcher.set_attachments("pack", object()), ()),
     ], ids=["layer", "schedule", "weight wrapper", "injection", "lora", "attachment"])
-    def test_what_is_patched_beside_the_options(self, host: Host, original: Any, change: Any, guests: bool) -> None:
+    def test_what_is_patched_beside_the_options(self, host: Host, original: Any, change: Any, guests: tuple[str, ...]) -> None:
         """Layers that packs replaced may do anything; weights cannot."""
         patched = original.clone()
         change(patched)
@@ -164,7 +173,17 @@ class TestPredicting:
         host.act = lambda request, ask: "not computed"
         assert predict(patched) == "not computed"
         original.model.current_patcher = None
-        assert host.of(Predict).guests is guests
+        assert host.of(Predict).guests == guests
+
+    @pytest.mark.parametrize(("value", "name"), [
+        (print, "builtins.print"), (torch.nn.Identity(), "torch.nn.modules.linear.Identity"), (uuid, "builtins.module"),
+        ("".__len__, "str.__len__"), (torch.nn.Identity, "torch.nn.modules.linear.Identity"),
+    ], ids=["function", "object", "module", "without a module", "class"])
+    def test_packs_are_named(self, host: Host, patcher: Any, value: Any, name: str) -> None:
+        """By what they put there; two of a kind are one."""
+        predict(patcher, first=value, second=[value])
+        (found,) = host.of(Predict).guests
+        assert found.endswith(name)
 
     def test_a_model_that_nobody_samples_is_left_alone(self, host: Host, original: Any, patcher: Any) -> None:
         """Without a patcher, or with one that is another model's."""
@@ -203,7 +222,8 @@ class TestSteps:
         assert list(self.branches(host, patcher, conds)) == expected
 
     @pytest.mark.parametrize("options", [
-        {"transformer_options": {"patches": {"attn1_patch": [print]}}}, {"model_function_wrapper": print},
+        {"transformer_options": {"patches": {"attn1_patch": [print]}}}, {"transformer_options": {"a_packs_own": [print]}},
+        {"model_function_wrapper": print}, {"transformer_options": {"wrappers": {"apply_model": {"pack": [print]}}}},
         {"multigpu_clones": {}},
     ], ids=str)
     def test_what_packs_take_part_in_is_one(self, host: Host, patcher: Any, options: dict[str, Any]) -> None:
