@@ -1,4 +1,5 @@
 # make demo   shows the main job on a real ComfyUI
+# make demo-ray   two workers against one process, on the CPU
 # make test   lint, types, layering, unit, contract and end-to-end tests
 #
 # Both make an environment in .venv, or use the one that RESIDENCY_VENV names (several clones can share it), and get
@@ -10,12 +11,15 @@ export COMFYUI_TREES ?= $(VENV)/comfyui
 # Threads of torch's that spin while they wait for each other are very slow where somebody else wants a core too.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint types bench setup hooks-table
+.PHONY: demo demo-ray test lint types bench setup hooks-table
 setup:
 	$(PYTHON) tests/support/setup_environment.py "$(VENV)"
 
 demo: setup
 	$(RUN) tests/support/demo.py
+
+demo-ray: setup
+	$(RUN) tests/support/demo_ray.py
 
 test: setup lint types
 	$(RUN) -m pytest -n 2 $(PYTEST_ARGS)

@@ -1,7 +1,4 @@
-"""What the host is about to do, in plain values. One class for each kind of question.
-
-Policies see the host's models only as `weights.Weights`; tensors and modules are torch's own.
-"""
+"""What the host is about to do, in plain values; its models are `weights.Weights`, tensors and modules are torch's own."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -127,6 +124,7 @@ class PlaceModel(Request):
         patch_all: LoRA go into the weights that stay off the device too, as they go into those on it; else they are added at
             each use, which rounds differently.
         remote: a diffusion model as another process would need it; None for all others.
+        elsewhere: another process computes with it, and none of its weights are wanted here.
     """
 
     repeats = 2
@@ -135,6 +133,7 @@ class PlaceModel(Request):
     more_bytes: float | None
     patch_all: bool = False
     remote: Remote | None = None
+    elsewhere: bool = False
 
 
 @dataclass(frozen=True)

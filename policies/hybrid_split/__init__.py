@@ -67,6 +67,8 @@ class HybridSplit(Policy):
 
     def _place(self, request: PlaceModel) -> Decision | None:
         """The budget by what is stated; and if that was too much, by what was learned."""
+        if request.elsewhere:
+            return None
         split, rescue = self._splitter.place(request), self._rescue
         if rescue is None or request.device.type == "cpu":
             return split

@@ -6,7 +6,7 @@ file.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,7 @@ def create(settings: Settings, tools: Tools) -> Policy:
 
 
 class RayShard(Policy):
-    """Has models predict in workers. Stands last of all policies: what it says of a placing is final."""
+    """Has models predict in workers."""
 
     name = NAME
 
@@ -108,7 +108,7 @@ class RayShard(Policy):
             self._pack(request, request.remote)
         elif request.weights.on_device() and request.device.type != "cpu":
             request.weights.give_back(request.weights.on_device())  # it was computed here for once
-        return proceed(replace(request, more_bytes=0.0))
+        return proceed(replace(request, more_bytes=0.0, elsewhere=True))
 
     def _pack(self, request: PlaceModel, remote: Remote) -> None:
         request.weights.take_off()
@@ -121,8 +121,7 @@ class RayShard(Policy):
     def _step(self, request: SampleStep) -> Decision | None:
         if request.remote is None or self._freighter.of(request.remote) is None:
             return None
-        branches = request.branches()
-        return Decision("", partial(_apart, request, branches)) if len(branches) > 1 else None
+        return Decision("", partial(_apart, request)) if len(request.branches()) > 1 else None
 
     def _predict(self, request: Predict) -> Decision | None:
         return None if self._freighter.of(request.remote) is None else Decision("", partial(self._dispatcher.act, request))
@@ -141,7 +140,7 @@ class RayShard(Policy):
         return None
 
 
-def _apart(request: SampleStep, branches: Mapping[int, Callable[[], list[torch.Tensor]]], proceed: Proceed) -> Any:
+def _apart(request: SampleStep, proceed: Proceed) -> Any:
     from .branches import side_by_side
 
-    return proceed(replace(request, run=partial(side_by_side, branches)))
+    return proceed(replace(request, run=lambda: side_by_side(request.branches())))  # anew where the step is repeated

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping
 from typing import Any
@@ -14,18 +16,15 @@ from typing import Any
 import psutil
 import ray
 
+from . import undertaker
 from .settings import Settings
 
-_STORE = 512 * 2**20  # bytes, for steps; weights by value come on top
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_metrics_collection": "0", "RAY_DEDUP_LOGS": "0",
           "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 
-def connect(settings: Settings, namespace: str, by_value: int) -> bool:
+def connect(settings: Settings, namespace: str) -> bool:
     """Starts Ray, or joins a running one. Nothing where this process is in one already, which is somebody else's to leave.
-
-    Args:
-        by_value: bytes of weights that no file backs, at most; they are kept in shared memory, once for all workers.
 
     Returns:
         Whether it did.
@@ -41,10 +40,19 @@ def connect(settings: Settings, namespace: str, by_value: int) -> bool:
                               "configure_logging": False}
     if settings.is_local:
         ray.init(address="local", include_dashboard=False, num_cpus=max(os.cpu_count() or 1, 1), num_gpus=0,
-                 object_store_memory=_store(by_value), _temp_dir=_folder(), _node_ip_address="127.0.0.1", **common)
+                 object_store_memory=_store(), _temp_dir=_folder(), _node_ip_address="127.0.0.1", **common)
+        _outlive()
     else:
         ray.init(address=settings.address, **common)
     return True
+
+
+def _outlive() -> None:
+    """Has somebody look after Ray's processes when this one is gone."""
+    here = psutil.Process()
+    quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    command = [sys.executable, undertaker.__file__, str(here.pid), str(here.create_time())]
+    subprocess.Popen(command, start_new_session=True, **quiet)  # not a Cancel by Ctrl-C ends it
 
 
 def disconnect() -> None:
@@ -64,12 +72,13 @@ def environment(device: str) -> tuple[Mapping[str, str], str]:
     return {**alone, "CUDA_VISIBLE_DEVICES": chosen}, "cuda:0"
 
 
-def _store(by_value: int) -> int:
-    """Bytes of shared memory that objects may take: as many as are wanted, and at most half of what is there."""
+def _store() -> int:
+    """Bytes of shared memory that objects may take, weights that no file backs among them: half of what is there. They are
+    taken when they are used."""
     room = psutil.virtual_memory().available // 2
     if os.path.isdir("/dev/shm"):
         room = min(room, shutil.disk_usage("/dev/shm").free * 9 // 10)
-    return max(80 * 2**20, min(_STORE + by_value, room))
+    return max(80 * 2**20, room)
 
 
 def _folder() -> str:

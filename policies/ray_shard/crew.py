@@ -150,7 +150,7 @@ class Crew:
     def _start(self) -> None:
         started = time.perf_counter()
         namespace = "residency" if self._settings.detached else f"residency-{os.getpid()}"
-        self._connected = cluster.connect(self._settings, namespace, 0)
+        self._connected = cluster.connect(self._settings, namespace)
         self._workers = [Worker(rank, one.device, one.weight) for rank, one in enumerate(self._devices)]
         self._spawn(self._workers)
         emit("shard.started", workers=[worker.device for worker in self._workers], grouped=self.grouped,
@@ -178,6 +178,7 @@ class Crew:
         if not self._settings.heads or len(self._workers) < 2:
             return
         try:
+            ray.get([worker.tell("about") for worker in self._workers], timeout=_GRACE)  # none is dead, and replaced later
             address = ray.get(self._workers[0].tell("address", self._settings.is_local), timeout=_GRACE)
             shares = [worker.weight for worker in self._workers]
             joining = [worker.ask("join", rank, address, shares, self._settings.timeout_seconds, self._settings.self_test)

@@ -230,6 +230,13 @@ def faults() -> None:
     fault_sweep.run(COMFYUI, MODELS)
 
 
+def shard() -> None:
+    """Two workers against one process, and what one to four of them hold."""
+    import sharding
+
+    sharding.run(COMFYUI, MODELS)
+
+
 def hook() -> None:
     """One intercepted call, on a function that does nothing."""
     from hook_cost import microseconds
@@ -239,7 +246,7 @@ def hook() -> None:
 
 BENCHES: dict[str, Callable[[], None]] = {
     "hook": hook, "load": load, "overhead": overhead, "swap": swap, "partial": partial, "split": split, "fit": fit,
-    "switch": switch, "start": start, "gguf": gguf, "gpu": gpu, "faults": faults}
+    "switch": switch, "start": start, "shard": shard, "gguf": gguf, "gpu": gpu, "faults": faults}
 LEFT_OUT = {"faults"} if torch.cuda.is_available() else {"faults", "gpu"}  # an hour; a card
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ LORA = (("flux_one", 1.0),)
 
 def settings(workers: int | str = 2, **more: Any) -> str:
     lines = [f"{name} = {str(value).lower() if isinstance(value, bool) else repr(value)}" for name, value in more.items()]
-    return "\n".join(['policies = ["hybrid_split", "preload_cache", "zero_copy", "ray_shard"]', "[ray_shard]",
+    return "\n".join(['policies = ["ray_shard", "hybrid_split", "preload_cache", "zero_copy"]', "[ray_shard]",
                       f"workers = {workers}", *lines]).replace("'", '"')
 
 

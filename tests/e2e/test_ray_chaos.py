@@ -151,7 +151,7 @@ def test_a_file_that_was_replaced_is_not_mapped_by_a_worker(start: Callable[...,
                                                            own_model: Callable[[str, str], Path]) -> None:
     """A worker that is started anew finds another file under the name: the host has the old one still, and computes."""
     file = own_model("ray_replaced", "flux_a_fp32")
-    flow = workflows.text_to_latent("ray_replaced")
+    flow = workflows.text_to_latent(file.stem)
     wanted, = expected(start, sampled(FLUX, seed=1))
     server = start()
     server.run(sampled(flow, seed=5))
@@ -162,6 +162,12 @@ def test_a_file_that_was_replaced_is_not_mapped_by_a_worker(start: Callable[...,
         worker.kill()
     server.run(sampled(flow, seed=1))
     assert error(server, wanted) <= TOLERANCE
+    wait_for(lambda: len(server.events("worker.replaced")) >= 2, 60)
+    server.run(sampled(flow, seed=2))
+    server.run(sampled(flow, seed=1))
+    assert error(server, wanted) <= TOLERANCE
+    assert set(server.events("shard.finished")[-1]["calls"]) == {"local"}
+    assert any(file.name in event["reason"] for event in server.events("shard.demoted"))
 
 
 def test_free_takes_the_workers_memory_too(start: Callable[..., Server]) -> None:

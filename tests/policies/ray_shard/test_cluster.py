@@ -41,23 +41,22 @@ class TestDevices:
 
 
 class TestStore:
-    @pytest.mark.parametrize(("available", "shared", "by_value", "expected"), [
-        (64 * GB, 32 * GB, 0, 512 * MB), (64 * GB, 32 * GB, 3 * GB, 3 * GB + 512 * MB), (4 * GB, 32 * GB, 3 * GB, 2 * GB),
-        (64 * GB, 100 * MB, 0, 90 * MB), (64 * GB, 64 * MB, 0, 80 * MB), (100 * MB, GB, 0, 80 * MB),
+    @pytest.mark.parametrize(("available", "shared", "expected"), [
+        (64 * GB, 64 * GB, 32 * GB), (4 * GB, 32 * GB, 2 * GB), (64 * GB, 100 * MB, 90 * MB), (64 * GB, 64 * MB, 80 * MB),
+        (100 * MB, GB, 80 * MB),
     ])
-    def test_as_much_as_is_wanted_and_there(self, monkeypatch: pytest.MonkeyPatch, available: int, shared: int, by_value: int,
-                                            expected: int) -> None:
+    def test_as_much_as_is_there(self, monkeypatch: pytest.MonkeyPatch, available: int, shared: int, expected: int) -> None:
         """At most half of the memory, or nine tenths of /dev/shm; Ray takes nothing below 80 MB."""
         monkeypatch.setattr(cluster.psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
         monkeypatch.setattr(cluster.os.path, "isdir", lambda path: True)
         monkeypatch.setattr(cluster.shutil, "disk_usage", lambda path: SimpleNamespace(free=shared))
-        assert cluster._store(by_value) == expected
+        assert cluster._store() == expected
 
     def test_without_shared_memory_in_files(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """As on Windows."""
         monkeypatch.setattr(cluster.psutil, "virtual_memory", lambda: SimpleNamespace(available=64 * GB))
         monkeypatch.setattr(cluster.os.path, "isdir", lambda path: False)
-        assert cluster._store(GB) == GB + 512 * MB
+        assert cluster._store() == 32 * GB
 
     def test_the_folders_path_leaves_room_for_sockets(self) -> None:
         """Ray appends a session and a name, some 80 characters."""
@@ -89,7 +88,7 @@ class TestConnecting:
         """It listens on this machine alone, has no dashboard, and leaves the host's logging as it is."""
         fake = FakeRay()
         monkeypatch.setattr(cluster, "ray", fake)
-        assert cluster.connect(Settings(), "residency-1", 0)
+        assert cluster.connect(Settings(), "residency-1")
         assert fake.options["address"] == "local"
         assert fake.options["_node_ip_address"] == "127.0.0.1"
         assert fake.options["namespace"] == "residency-1"
@@ -99,7 +98,7 @@ class TestConnecting:
         """Its sizes are the user's."""
         fake = FakeRay()
         monkeypatch.setattr(cluster, "ray", fake)
-        assert cluster.connect(Settings(address="auto"), "residency", 0)
+        assert cluster.connect(Settings(address="auto"), "residency")
         assert fake.options["address"] == "auto"
         assert "object_store_memory" not in fake.options
 
@@ -107,7 +106,7 @@ class TestConnecting:
         """Another pack's; it is not ours to leave."""
         fake = FakeRay(running=True)
         monkeypatch.setattr(cluster, "ray", fake)
-        assert not cluster.connect(Settings(), "residency-1", 0)
+        assert not cluster.connect(Settings(), "residency-1")
         assert fake.options == {}
 
     def test_leaving_twice(self, monkeypatch: pytest.MonkeyPatch) -> None:
