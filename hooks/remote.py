@@ -4,6 +4,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from typing import Any
+from weakref import ref
 
 import comfy.model_base
 import comfy.model_management
@@ -40,9 +41,14 @@ class RemoteModel:
         return model
 
     def token(self) -> object:
-        hooks = self._patcher.current_hooks
-        strengths = tuple((id(hook), hook.strength) for hook in hooks.hooks) if hooks is not None else None
-        return id(self._patcher), self._patcher.patches_uuid, strengths
+        # Clones have their original's `patches_uuid`, whatever objects they patch, and what is gone leaves its `id` to others:
+        # a weak reference to it is never equal to another's.
+        patcher = self._patcher
+        hooks = patcher.current_hooks
+        strengths = tuple((ref(hook.hook_ref), hook.strength) for hook in hooks.hooks) if hooks is not None else None
+        held = (patcher.object_patches, patcher.injections, patcher.weight_wrapper_patches)
+        replaced = tuple((name, id(value)) for one in held for name, value in one.items())
+        return ref(patcher), patcher.patches_uuid, strengths, replaced
 
     def patches(self) -> Mapping[str, Any]:
         found = {name: getattr(self._patcher, name) for name in _PATCHED if hasattr(self._patcher, name)}

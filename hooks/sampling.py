@@ -80,7 +80,7 @@ def _callables(value: Any) -> set[str]:
     if isinstance(value, _PLAIN) or type(value).__module__ in ("uuid", "numpy"):
         return set()
     named = value if hasattr(value, "__qualname__") else type(value)
-    return {f"{named.__module__}.{named.__qualname__}"}
+    return {f"{getattr(named, '__module__', '')}.{named.__qualname__}"}
 
 
 def _room(call: HostCall) -> BatchRoom | None:

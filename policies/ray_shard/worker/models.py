@@ -1,7 +1,7 @@
 """Models in a worker: ComfyUI's own patcher applies what is patched, and places the weights."""
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import comfy.model_base
@@ -14,12 +14,40 @@ from ...models import ITSELF
 from ..parcels import Parcel, unpack
 
 
+class Home:
+    """Where a layer's weight lies when nothing is computed: in a file's mapping, or in what the host sent.
+
+    ComfyUI moves a weight by giving its parameter other memory. What is kept here is another parameter over the first.
+    """
+
+    def __init__(self, layer: torch.nn.Module, leaf: str) -> None:
+        self._layer, self._leaf = layer, leaf
+        self._lent: Any = layer._parameters[leaf]
+        self._kept = _over(self._lent)
+
+    def leave(self) -> None:
+        """Gives the weight memory of its own: hooks write to it in place, and others see what is here."""
+        here: Any = self._layer._parameters[self._leaf]
+        if here is self._lent and here.device == self._kept.device:
+            self._layer._parameters[self._leaf] = torch.nn.Parameter(self._kept.clone(), requires_grad=False)
+
+    def come_back(self) -> None:
+        """The weight lies here again; nothing is copied."""
+        self._layer._parameters[self._leaf] = self._lent = _over(self._kept)
+
+
+def _over(weight: Any) -> torch.nn.Parameter:
+    """Another parameter over the same memory."""
+    made = torch.nn.Parameter(weight.detach(), requires_grad=False)
+    vars(made).update({name: value for name, value in vars(weight).items() if name not in vars(made)})
+    return made
+
+
 class Model:
     """One model, with whatever is patched now.
 
     Args:
         model: as it was built.
-        home: what its weights are when they are not on the device: a file's mapping, or what the host sent.
     """
 
     def __init__(self, model: Any, device: torch.device, offload_device: torch.device) -> None:
@@ -27,8 +55,10 @@ class Model:
         self._base = comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload_device)
         self._patcher = self._base
         self._digest = ""
-        self._placed = False
-        self._homes = dict(model.named_parameters())
+        self._hooks: Any = None
+        self._placed: Any = None  # the patcher whose patches are in the weights now
+        self._homes = {name: Home(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
+                       for name, _ in model.named_parameters(remove_duplicate=False)}
 
     def patch(self, digest: str, parcel: Parcel) -> None:
         """Takes a patcher's state; the weights are patched when they are placed."""
@@ -38,7 +68,7 @@ class Model:
         for name, value in state.items():
             setattr(patcher, name, value)
         self._patcher.patch_hooks(None)  # the clones share what undoes it
-        self._digest, self._hooks, self._placed, self._patcher = digest, hooks, False, patcher
+        self._digest, self._hooks, self._patcher = digest, hooks, patcher
 
     def _open(self, parcel: Parcel) -> dict[str, Any]:
         return dict(unpack(parcel, known=self._named()))
@@ -53,40 +83,42 @@ class Model:
 
     def predict(self, arguments: dict[str, Any]) -> torch.Tensor:
         x = arguments.pop("x")
-        if not self._placed:
-            needed = self._model.memory_required([x.shape[0], *x.shape[1:]])
-            self._own(name for patches in self._patcher.hook_patches.values() for name in patches)
-            comfy.model_management.load_models_gpu([self._patcher], memory_required=needed)
-            self._patcher.pre_run()
-            self._patcher.patch_hooks(self._hooks)
-            self._placed = True
+        if self._placed is not self._patcher:
+            self._place(self._model.memory_required([x.shape[0], *x.shape[1:]]))
         # What a subclass does before is done in the host's process.
         answer: torch.Tensor = comfy.model_base.BaseModel._apply_model(self._model, x, **arguments)
         return answer
 
+    def _place(self, needed: float) -> None:
+        """
+        Args:
+            needed: bytes that are left free beside the weights.
+        """
+        patcher = self._placed = self._patcher
+        try:
+            for name in {name for patches in patcher.hook_patches.values() for name in patches} & set(self._homes):
+                self._homes[name].leave()
+            comfy.model_management.load_models_gpu([patcher], memory_required=needed)
+            patcher.pre_run()
+            patcher.patch_hooks(self._hooks)
+        except BaseException:
+            self.release()  # a part of it may be there
+            raise
+
     def release(self) -> None:
         """The weights leave the device, and nothing is copied: each is what it was before."""
-        if not self._placed:
+        patcher, self._placed = self._placed, None
+        if patcher is None:
             return
-        self._placed = False
-        patcher = self._patcher
         patcher.patch_hooks(None)
         for name, home in self._homes.items():
-            owner, _, leaf = name.rpartition(".")
-            module = self._model.get_submodule(owner)
-            if name not in patcher.backup and module._parameters[leaf].device.type != "cpu":
-                module._parameters[leaf] = home
+            if name not in patcher.backup:
+                home.come_back()  # before the host moves it
         patcher.detach()
+        for home in self._homes.values():
+            home.come_back()
         loaded = comfy.model_management.current_loaded_models
         loaded[:] = [one for one in loaded if one.model is not patcher]
-
-    def _own(self, names: Iterable[str]) -> None:
-        """Gives weights memory of their own: hooks write to them in place, and others see what is there."""
-        for name in names:
-            owner, _, leaf = name.rpartition(".")
-            module = self._model.get_submodule(owner)
-            if module._parameters.get(leaf) is self._homes.get(name):
-                module._parameters[leaf] = torch.nn.Parameter(self._homes[name].clone(), requires_grad=False)
 
     def _named(self) -> Mapping[str, Any]:
         return {"": self._model, **dict(self._model.named_modules())}

@@ -19,13 +19,15 @@ class PathNames:
     """Finds modules that ComfyUI named after the path of a node pack, by running what lies there under the same name."""
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        place = name.replace("_x_", ".")
-        if path is not None or not os.path.isabs(place):
+        if path is not None or not os.path.isabs(name):
             return None
-        file = os.path.join(place, "__init__.py")
-        if os.path.isfile(file):
-            return importlib.util.spec_from_file_location(name, file, submodule_search_locations=[place])
-        return importlib.util.spec_from_file_location(name, f"{place}.py") if os.path.isfile(f"{place}.py") else None
+        for place in (name, name.replace("_x_", ".")):  # dots are written so; a folder may be called so as well
+            file = os.path.join(place, "__init__.py")
+            if os.path.isfile(file):
+                return importlib.util.spec_from_file_location(name, file, submodule_search_locations=[place])
+            if os.path.isfile(f"{place}.py"):
+                return importlib.util.spec_from_file_location(name, f"{place}.py")
+        return None
 
 
 def become(twin: Mapping[str, Any], device: str) -> None:

@@ -80,26 +80,31 @@ class FakeRay:
 
 class TestConnecting:
     @pytest.fixture(autouse=True)
-    def quiet(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def outlived(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """Whether somebody looks after Ray's processes."""
         for name in cluster._QUIET:
             monkeypatch.setenv(name, "0")
+        looked: list[str] = []
+        monkeypatch.setattr(cluster, "_outlive", lambda: looked.append("ours"))
+        return looked
 
-    def test_ours_is_local_and_quiet(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """It listens on this machine alone, has no dashboard, and leaves the host's logging as it is."""
+    def test_ours_is_local_and_quiet(self, monkeypatch: pytest.MonkeyPatch, outlived: list[str]) -> None:
+        """It listens on this machine alone, has no dashboard, leaves the host's logging as it is, and ends with the host."""
         fake = FakeRay()
         monkeypatch.setattr(cluster, "ray", fake)
         assert cluster.connect(Settings(), "residency-1")
+        assert outlived == ["ours"]
         assert fake.options["address"] == "local"
         assert fake.options["_node_ip_address"] == "127.0.0.1"
         assert fake.options["namespace"] == "residency-1"
         assert not any(fake.options[name] for name in ("include_dashboard", "log_to_driver", "configure_logging", "num_gpus"))
 
-    def test_the_users_is_joined(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_users_is_joined(self, monkeypatch: pytest.MonkeyPatch, outlived: list[str]) -> None:
         """Its sizes are the user's."""
         fake = FakeRay()
         monkeypatch.setattr(cluster, "ray", fake)
         assert cluster.connect(Settings(address="auto"), "residency")
-        assert fake.options["address"] == "auto"
+        assert (fake.options["address"], outlived) == ("auto", [])
         assert "object_store_memory" not in fake.options
 
     def test_one_that_runs_in_this_process_is_left_as_it_is(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,6 +144,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     fake = FakeRay()
     for module in (crew, workers, cluster):
         monkeypatch.setattr(module, "ray", fake)
+    monkeypatch.setattr(cluster, "_outlive", lambda: None)
     monkeypatch.setattr(crew, "_GRACE", 0.2)
     return fake
 
