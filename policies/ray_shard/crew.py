@@ -45,9 +45,8 @@ class Crew:
         self._changed = threading.Condition()
         self._work: queue.SimpleQueue[tuple[bool, Callable[[], None]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._connected = False
+        self._connected = self.grouped = False
         self.broken = ""
-        self.grouped = False
 
     def wake(self) -> None:
         """Starts the workers in the background, once."""
