@@ -73,7 +73,14 @@ def _room(vae: Any, downscale: bool, amount: Any) -> Callable[[Sequence[int]], f
     """The host's estimate of the bytes that a tile of this shape takes; what makes it smaller is an encoder."""
     encodes = downscale or (isinstance(amount, (int, float)) and amount < 1)
     estimate = vae.memory_used_encode if encodes else vae.memory_used_decode
-    return lambda shape: float(estimate(shape, vae.vae_dtype))
+
+    def room(shape: Sequence[int]) -> float:
+        try:
+            return float(estimate(shape, vae.vae_dtype))
+        except IndexError:  # some audio is cut as if it had one dimension less; the host keeps its least room free then
+            return 0.0
+
+    return room
 
 
 HOOKS = (

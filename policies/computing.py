@@ -60,7 +60,7 @@ class ScaleTiles(Request):
     Attributes:
         function: answers for a tile, (1, channels, ...); another one, in a changed request, is asked instead.
         tiles: the tiles that it will be asked for, in order, as views; none where they cannot be foretold.
-        room: the host's estimate of the bytes that a tile of some shape takes beside the weights.
+        room: the host's estimate of the bytes that a tile of some shape takes beside the weights; 0 where it has none.
     """
 
     remote: Remote

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import ray
+
 from .crew import Crew
-from .workers import Failed, Lost, Worker, answer_of
+from .workers import Failed, Lost, Worker, answer_of, in_a_line
 
 _QUEUE = 2  # tiles asked of a worker at a time
 _AHEAD = 3  # tiles for each worker that may be asked for, or wait as answers, before the host takes them
@@ -29,7 +31,7 @@ class Ahead:
 
     def __init__(self, crew: Crew, workers: Sequence[Worker], count: int, ask: Callable[[Worker, int], Any], seconds: float,
                  fallen: Callable[[str], None]) -> None:
-        self._crew, self._workers, self._count, self._ask, self._seconds = crew, list(workers), count, ask, seconds
+        self._crew, self._workers, self._ask, self._seconds = crew, list(workers), ask, seconds
         self._fallen = fallen
         self._waiting: list[int] = list(range(count))
         self._asked: dict[Any, tuple[Worker, int]] = {}  # by reference, in the order of asking
@@ -69,8 +71,11 @@ class Ahead:
                 return
             # Of those with as little to do the heavier first: it is the faster one.
             worker = min(free, key=lambda one: (busy.count(one), -one.weight))
-            tile = self._waiting.pop(0)
-            self._asked[self._ask(worker, tile)] = worker, tile
+            try:
+                reference = self._ask(worker, self._waiting[0])
+            except ray.exceptions.RayError as error:  # as where its store is full
+                return self._drop(self._workers, f"a tile cannot be sent: {in_a_line(error)}")
+            self._asked[reference] = worker, self._waiting.pop(0)
 
     def _is_coming(self, place: int) -> bool:
         return any(place == asked for _, asked in self._asked.values()) or (bool(self._workers) and place in self._waiting)

@@ -104,13 +104,12 @@ class Crew:
             BaseException: the host's Cancel; the workers are not told of it.
         """
         end = time.monotonic() + seconds
-        while True:
-            found, pending = ray.wait(list(asked), num_returns=1, timeout=_POLL)
+        while not (found := ray.wait(list(asked), num_returns=1, timeout=_POLL)[0]):
             self._raise_if_cancelled()
-            if found:
-                return list(found)
             if time.monotonic() > end:
-                raise Lost(list(dict.fromkeys(asked[one] for one in pending)), f"no answer in {seconds:.0f} s")
+                raise Lost(list(dict.fromkeys(asked.values())), f"no answer in {seconds:.0f} s")
+        self._raise_if_cancelled()
+        return list(found)
 
     def call_off(self, asked: Mapping[Worker, Any]) -> None:
         """Tells workers that what they were asked last is not wanted any more."""

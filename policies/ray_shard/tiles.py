@@ -26,7 +26,7 @@ from .freight import Freight, Freighter
 from .parcels import Parcel, pack, unpack
 from .score import Score
 from .settings import Settings
-from .workers import Failed, Lost, Worker
+from .workers import Failed, Lost, Worker, in_a_line
 
 TILES = "tiles"
 # What objects of packs raise when they are pickled, and what Ray raises when its store is full.
@@ -62,7 +62,7 @@ class Tiler:
             self.refuse(request, str(failed))
             return proceed()
         except _UNSENDABLE as error:
-            self.refuse(request, f"it cannot be sent: {type(error).__name__}: {error}")
+            self.refuse(request, f"it cannot be sent: {in_a_line(error)}")
             return proceed()
         tiling = Tiling(self, request, tiles, workers, freight, function)
         try:

@@ -237,6 +237,14 @@ def shard() -> None:
     sharding.run(COMFYUI, MODELS)
 
 
+def tiles() -> None:
+    """A VAE's work in tiles, by workers that Ray starts."""
+    import tiling
+
+    make_models(COMFYUI, MODELS, ("vae/taesd_fp32",))
+    tiling.run(pair, min(os.cpu_count() or 1, 2))
+
+
 def hook() -> None:
     """One intercepted call, on a function that does nothing."""
     from hook_cost import microseconds
@@ -246,7 +254,7 @@ def hook() -> None:
 
 BENCHES: dict[str, Callable[[], None]] = {
     "hook": hook, "load": load, "overhead": overhead, "swap": swap, "partial": partial, "split": split, "fit": fit,
-    "switch": switch, "start": start, "shard": shard, "gguf": gguf, "gpu": gpu, "faults": faults}
+    "switch": switch, "start": start, "shard": shard, "tiles": tiles, "gguf": gguf, "gpu": gpu, "faults": faults}
 LEFT_OUT = {"faults"} if torch.cuda.is_available() else {"faults", "gpu"}  # an hour; a card
 
 if __name__ == "__main__":

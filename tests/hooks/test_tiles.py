@@ -123,6 +123,16 @@ def test_a_vaes_tiles_become_a_request(asked: Asked, vae: Any, way: str) -> None
     assert (result.min(), result.max()) == pytest.approx((0.25, 0.25))
 
 
+def test_an_estimate_that_the_host_cannot_make_is_nothing(asked: Asked, vae: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The estimates of some audio VAEs want another shape than their tiles have."""
+    monkeypatch.setattr(vae, "memory_used_decode", lambda shape, dtype: shape[7])
+    with torch.inference_mode():
+        vae.decode_tiled_(LATENTS, tile_x=8, tile_y=8, overlap=2)
+
+    assert asked.request is not None
+    assert asked.request.room((1, 16, 8)) == 0
+
+
 @pytest.mark.parametrize("function", [
     pytest.param(lambda tile: tile, id="an upscaler"), pytest.param(torch.nn.Identity(), id="an object"),
     pytest.param((lambda one: lambda tile: tile + 0 * one)(1), id="a closure over something else"),

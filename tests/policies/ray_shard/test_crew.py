@@ -439,6 +439,40 @@ class TestGathering:
         assert [len(actor.heard("join")) for actor in fake.actors] == [2, 2]
 
 
+class TestAnyAnswer:
+    def test_comes_as_soon_as_there_is_one(self, fake: FakeRay, make: Callable[..., Crew]) -> None:
+        """A worker may have several to give."""
+        crew = make()
+        first, second = crew.ready()
+        references = [Reference(NEVER), Reference(NEVER), Reference("c")]
+        assert crew.any(dict(zip(references, (first, first, second), strict=True)), 5) == references[2:]
+
+    def test_where_none_comes_all_are_lost(self, fake: FakeRay, make: Callable[..., Crew]) -> None:
+        """Each once, however much it was asked."""
+        crew = make()
+        first, second = crew.ready()
+        with pytest.raises(Lost, match="no answer in 0 s") as caught:
+            crew.any({Reference(NEVER): worker for worker in (first, second, first)}, 0.1)
+        assert caught.value.workers == (first, second)
+
+    def test_who_waits_may_cancel_and_then_calls_off(self, fake: FakeRay, make: Callable[..., Crew], host: Host) -> None:
+        """Nobody is asked again until those who are at it are done."""
+        fake.script = lambda what, *arguments: NEVER if what == "predict" else willing(what)
+        crew = make()
+        asked = ask(crew)
+        host.cancel = cancel = Cancel()
+        with pytest.raises(Cancel) as caught:
+            crew.any({reference: worker for worker, reference in asked.items()}, 5)
+        assert caught.value is cancel
+        assert not any(actor.heard("cancel") for actor in fake.actors)
+        crew.call_off(asked)
+        soon(lambda: all(actor.heard("cancel") for actor in fake.actors))
+        for reference in asked.values():
+            reference.value = "ended"
+        assert len(crew.ready()) == 2
+        assert [actor.heard("cancel") for actor in fake.actors] == [[(True,), (False,)]] * 2
+
+
 class TestReplacing:
     def test_a_worker_that_cannot_be_replaced(self, fake: FakeRay, make: Callable[..., Crew], ring: Ring) -> None:
         """All go, and the host is alone; once."""

@@ -20,7 +20,7 @@ from residency.policies.ray_shard.tiles import Tiler, as_it_lay
 from residency.policies.ray_shard.workers import Failed, Lost, Worker
 from residency.telemetry.sinks import Ring
 
-pytest.importorskip("ray")
+ray = pytest.importorskip("ray")
 LATENTS = torch.randn(2, 4, 21, 15, generator=torch.Generator().manual_seed(1))
 TILE, OVERLAP = (8, 6), 2
 COUNT = len(foretell(LATENTS, TILE, OVERLAP))
@@ -59,10 +59,13 @@ class Played(Worker):
     breaks: Mapping[int, str] = field(default_factory=dict)
     asked: int = 0
     dead: bool = False
+    full_at: int = 0  # the store has no room for what is asked then
 
     def ask(self, what: str, *arguments: Any) -> Any:
         assert what == "tile"
         self.asked += 1
+        if self.asked == self.full_at:
+            raise ray.exceptions.ObjectStoreFullError("full")
         return Reference(self.asked, arguments)
 
     def compute(self, number: int, key: str, digest: str, function: Any, tile: Any, room: float) -> dict[str, Any]:
@@ -326,6 +329,17 @@ def test_when_all_are_dead_the_host_goes_on_alone(breaks: Mapping[int, str]) -> 
 
     assert torch.equal(scene.run(), scene.alone())
     assert sorted(scene.crew.lost) == [0, 1]
+
+
+def test_when_the_store_is_full_the_host_goes_on_alone(ring: Ring) -> None:
+    """What was asked before is still taken."""
+    scene = Scene(workers(full_at=4))
+
+    assert torch.equal(scene.run(), scene.alone())
+    asked = sum(worker.asked for worker in scene.crew.workers) - 1
+    assert asked > 3
+    assert scene.here == COUNT - asked
+    assert [reason.partition(":")[0] for reason in reasons(ring)] == ["a tile cannot be sent"]
 
 
 def test_workers_that_do_not_answer_are_replaced(ring: Ring) -> None:
