@@ -194,7 +194,9 @@ def test_verifying_compares_and_says_so(models: Path, tmp_path_factory: pytest.T
         for flow in (FLUX, sampled(FLUX, batch=5, cfg=1.0), sampled(SD3, cfg=1.0, seed=4), sampled(SD3, cfg=1.0, seed=5)):
             assert found.error(flow) <= TOLERANCE
         assert found.calls() == {"heads": 2}
-        assert [event["calls"].get("local", 0) for event in plugin.events("shard.finished")] == [2, 1, 1, 0]
+        here = [event["calls"].get("local", 0) for event in plugin.events("shard.finished")]
+        assert here[0] in (1, 2)  # two branches of a step are of one kind; the second may come before the first was compared
+        assert here[1:] == [1, 1, 0]
         assert plugin.events("shard.demoted") == []
         assert plugin.events("shard.finished")[-1]["speedup"] > 0
 
