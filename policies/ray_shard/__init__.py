@@ -6,6 +6,7 @@ file.
 """
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["Settings", "create"]
 
 NAME = "ray_shard"
+# Read when Ray is imported: without it Ray listens on all of the machine's addresses, although nobody else is to reach it.
+_LOOPBACK = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 _INSTALL = "it needs Ray: run `pip install \"ray>=2.40\"` in the environment of your ComfyUI"
 
 
@@ -53,6 +56,8 @@ class RayShard(Policy):
         self._left: WeakSet[torch.nn.Module] = WeakSet()  # to the host: they cannot be packed
 
     def start(self) -> None:
+        if self.settings.is_local:
+            os.environ.setdefault(*_LOOPBACK)
         try:
             from .crew import Crew
             from .dispatch import Dispatcher

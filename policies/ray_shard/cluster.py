@@ -40,7 +40,7 @@ def connect(settings: Settings, namespace: str) -> bool:
                               "configure_logging": False}
     if settings.is_local:
         ray.init(address="local", include_dashboard=False, num_cpus=max(os.cpu_count() or 1, 1), num_gpus=0,
-                 object_store_memory=_store(), _temp_dir=_folder(), _node_ip_address="127.0.0.1", **common)
+                 object_store_memory=_store(), _temp_dir=_folder(), **common)
         _outlive()
     else:
         ray.init(address=settings.address, **common)

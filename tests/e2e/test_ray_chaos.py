@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -47,6 +48,13 @@ def _name(process: psutil.Process) -> str:
         return process.cmdline()[0].split(".")[0]
     except (psutil.Error, IndexError):
         return ""
+
+
+def _listening(process: psutil.Process) -> list[Any]:
+    try:
+        return [found for found in process.net_connections() if found.status == psutil.CONN_LISTEN]
+    except psutil.Error:
+        return []
 
 
 def relatives(server: Server) -> list[psutil.Process]:
@@ -126,6 +134,8 @@ def test_nothing_is_left_of_a_server_that_ends(start: Callable[..., Server], how
     time.sleep(1)
     family = relatives(server)
     assert len(family) > 3
+    listening = {connection.laddr.ip.rpartition(":")[2] for process in family for connection in _listening(process)}
+    assert listening == {"127.0.0.1"}  # nobody else's machine
     os.kill(server.process.pid, how)
     server.process.wait(30)
     all_gone(family)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -115,6 +116,15 @@ class TestStarting:
         """The user reads which, and what is here."""
         with pytest.raises(Unfit, match=words):
             devices(tools, here, *wanted)
+
+    @pytest.mark.parametrize(("address", "alone"), [("local", "0"), ("auto", None)])
+    def test_a_ray_of_ours_is_for_this_machine(self, tools: Tools, monkeypatch: pytest.MonkeyPatch, address: str,
+                                               alone: str | None) -> None:
+        """Where the user's own is, and who reaches it, is the user's."""
+        monkeypatch.delenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", raising=False)
+        policy(tools, address=address)
+        assert os.environ.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER") == alone
+        monkeypatch.delenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", raising=False)
 
     def test_it_starts_no_process_before_a_model_is_built(self, tools: Tools) -> None:
         """Then they start while the file is read."""
