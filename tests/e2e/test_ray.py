@@ -155,6 +155,16 @@ def test_what_makes_another_image_is_seen(ray_pair: Pair, flow: Workflow, wrong:
     assert ray_pair.error(flow, like=wrong) > 10 * TOLERANCE
 
 
+def test_gguf_blocks_are_mapped_by_the_workers(ray_pair: Pair, models: Path) -> None:
+    """The latents are those of the dequantised weights, and next to nothing of the file was sent."""
+    flow, twin = workflows.text_to_latent("flux_mixed.gguf"), workflows.text_to_latent("flux_mixed_fp32")
+    assert ray_pair.error(flow, like=twin) <= TOLERANCE
+    assert "local" not in ray_pair.calls()
+    loaded = ray_pair.plugin.events("shard.loaded")[-1]
+    assert loaded["mapped_bytes"] > 0.9 * (models / "diffusion_models" / "flux_mixed.gguf").stat().st_size
+    assert loaded["copied_bytes"] < 0.1 * loaded["mapped_bytes"]
+
+
 @pytest.mark.parametrize(("kind", "amount", "reason"), [("CountCalls", 1.0, "state"), ("HoldLock", 0.9, "cannot be sent")])
 def test_what_cannot_travel_is_computed_here(ray_pair: Pair, kind: str, amount: float, reason: str) -> None:
     """With the same latents, bit for bit, and the reason said once."""

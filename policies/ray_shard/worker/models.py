@@ -141,9 +141,9 @@ class Vae(Model):
 
     def tile(self, function: Parcel, tile: torch.Tensor, room: float) -> torch.Tensor:
         """What the host's function gives for a tile. `room` is the host's estimate of what the largest one takes, in bytes."""
-        if not self._placed or room > self._room:
-            comfy.model_management.load_models_gpu([self._patcher], memory_required=room)
-            self._placed, self._room = True, room
+        if self._placed is not self._patcher or room > self._room:
+            self._place(room)
+            self._room = room
         answer: torch.Tensor = unpack(function, known=self._named())(tile)
         return answer
 

@@ -34,7 +34,7 @@ class Worker:
         self.patcher = tiny.patcher()
 
     def load(self) -> None:
-        self.program.load("model", pickle.loads(pickle.dumps(pack(RemoteModel(self.patcher).as_built()))))
+        self.program.load("model", "diffusion_model", pickle.loads(pickle.dumps(pack(RemoteModel(self.patcher).as_built()))))
         self.patch(self.patcher, "plain")
 
     def patch(self, patcher: Any, digest: str) -> None:

@@ -96,7 +96,7 @@ def host(large: None) -> Host:
 @pytest.fixture
 def models(host: Host) -> Models:
     made = Models(CPU, CPU)
-    made.add("model", host.built)
+    made.add("model", "diffusion_model", host.built)
     return made
 
 
@@ -187,7 +187,7 @@ class TestPredicting:
     def test_two_models(self, host: Host, models: Models) -> None:
         """One after the other, each with its own patches."""
         other = Host(seed=5)
-        models.add("other", other.built)
+        models.add("other", "diffusion_model", other.built)
         models["model"].patch("lora", host.patches(tiny.with_lora(host.patcher)))
         models["other"].patch("plain", other.patches())
         expected = host.predict(tiny.with_lora(host.patcher)), other.predict()
@@ -327,7 +327,7 @@ class TestReleasing:
 
     def test_of_one_or_of_all(self, host: Host, models: Models) -> None:
         """None is all; a model that was not placed has nothing to release."""
-        models.add("other", Host(seed=5).built)
+        models.add("other", "diffusion_model", Host(seed=5).built)
         for name in models:
             models[name].patch("plain", host.patches())
         for released, left in (("model", 1), (None, 0), ("gone", 0)):
