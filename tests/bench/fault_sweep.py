@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -25,13 +26,15 @@ FAILED = "lost", "other latents", "other image", "right"
 
 
 def run(comfyui: Path, models: Path) -> None:
-    """Prints the tables. FAULTS_EVERY leaves out allocations with the plugin; alone it is every 40th."""
+    """Prints the tables. Alone it is every 40th allocation; with the plugin FAULTS_EVERY leaves some out, and FAULTS_FROM is
+    the first, for a sweep in several parts."""
     every = {"plugin": int(os.environ.get("FAULTS_EVERY", "1")), "alone": 40}
+    first = {"plugin": int(os.environ.get("FAULTS_FROM", "1")), "alone": 1}
     rows, repeated = [], Counter[str]()
     for name in ("alone", "plugin"):
         with tempfile.TemporaryDirectory() as folder, Server(comfyui, Path(folder), models, plugin=name == "plugin",
                                                              device_mb=DEVICE_MB, env=ONE_THREAD) as server:
-            count, found = _sweep(server, every[name])
+            count, found = _sweep(server, first[name], every[name])
             rows.append((name, f"{sum(found.values())} of {count}", *(found[kind] for kind in FAILED)))
             if name == "plugin":
                 events = server.events("rescue.repeated")
@@ -49,7 +52,7 @@ def _flow(text: str) -> workflows.Workflow:
     return flow
 
 
-def _sweep(server: Server, every: int) -> tuple[int, Counter[str]]:
+def _sweep(server: Server, first: int, every: int) -> tuple[int, Counter[str]]:
     """(allocations of a prompt, prompts by what became of them)."""
     expected = {}
     for text in (*TEXTS, *TEXTS):
@@ -61,7 +64,7 @@ def _sweep(server: Server, every: int) -> tuple[int, Counter[str]]:
     count = server.device()["allocations"] - before
     found: Counter[str] = Counter()
     texts = itertools.cycle(reversed(TEXTS))
-    for at in range(1, count + 1, every):
+    for at in range(first, count + 1, every):
         for text in itertools.islice(texts, 3):  # after a lost prompt the other text's nodes may be cached: once more
             _unload(server)
             server.fail(at)
@@ -69,6 +72,8 @@ def _sweep(server: Server, every: int) -> tuple[int, Counter[str]]:
             if not server.device()["armed"]:
                 break
         found[outcome] += 1
+        if found.total() % 50 == 0 or outcome != "right":
+            print(f"allocation {at} of {count}: {outcome}; so far {dict(found)}", file=sys.stderr, flush=True)
     return count, found
 
 
