@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from . import undertaker
 from .settings import Settings
@@ -59,6 +60,11 @@ def disconnect() -> None:
     """Ends a Ray that was started here; leaves another one."""
     if ray.is_initialized():
         ray.shutdown()
+
+
+def on_this_machine() -> NodeAffinitySchedulingStrategy:
+    """Where in a cluster a worker has to be: it maps this machine's files."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def environment(device: str) -> tuple[Mapping[str, str], str]:

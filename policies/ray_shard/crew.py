@@ -176,7 +176,8 @@ class Crew:
 
     def _spawn(self, workers: Sequence[Worker]) -> None:
         ray.cloudpickle.register_pickle_by_value(actor_module)
-        made = ray.remote(num_cpus=0, max_restarts=0, concurrency_groups={"beside": 2})(actor_module.Actor)
+        made = ray.remote(num_cpus=0, max_restarts=0, concurrency_groups={"beside": 2},
+                          scheduling_strategy=cluster.on_this_machine())(actor_module.Actor)
         twin, starting = self._twin(), {}
         if all(worker.device == "cpu" for worker in self._workers):  # they share the cores
             twin["threads"] = max(1, twin["threads"] // len(self._workers))

@@ -3,6 +3,9 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -178,6 +181,60 @@ def test_a_file_that_was_replaced_is_not_mapped_by_a_worker(start: Callable[...,
     assert error(server, wanted) <= TOLERANCE
     assert set(server.events("shard.finished")[-1]["calls"]) == {"local"}
     assert any(file.name in event["reason"] for event in server.events("shard.demoted"))
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """A Ray of the user's, and its address."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # on this machine alone
+    port = free_port()
+    options = ["--block", "--include-dashboard=false", "--num-cpus=2", "--node-ip-address=127.0.0.1", "--disable-usage-stats"]
+    head = subprocess.Popen([sys.executable, "-m", "ray.scripts.scripts", "start", "--head", f"--port={port}", *options])
+    wait_for(lambda: _answers(port), 60)
+    time.sleep(5)  # it listens before it is ready
+    yield f"127.0.0.1:{port}"
+    family = psutil.Process(head.pid).children(recursive=True)
+    for process in (psutil.Process(head.pid), *family):
+        process.kill()
+    head.wait()
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_a_cluster_of_the_users_is_left(start: Callable[..., Server], cluster: str, detached: bool) -> None:
+    """Its workers end with the server, unless they are to outlive it: then the next server finds them."""
+    wanted, = expected(start, FLUX)
+    text = settings(2, verify="off", address=cluster, detached=detached)
+    server = start(text)
+    server.run(FLUX)
+    assert error(server, wanted) <= TOLERANCE
+    assert "local" not in server.events("shard.finished")[-1]["calls"]
+    mine = actors()
+    assert len(mine) == 2
+    server.stop()
+    if not detached:
+        return all_gone(mine)
+    time.sleep(12)
+    assert all(process.is_running() for process in mine)
+    again = start(text)
+    again.run(FLUX)
+    assert error(again, wanted) <= TOLERANCE
+    assert {process.pid for process in actors()} == {process.pid for process in mine}
+
+
+def actors() -> list[psutil.Process]:
+    """Workers of all clusters on this machine."""
+    return [process for process in psutil.process_iter() if _name(process) == "ray::Actor"]
 
 
 def test_free_takes_the_workers_memory_too(start: Callable[..., Server]) -> None:

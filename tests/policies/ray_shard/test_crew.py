@@ -145,6 +145,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     for module in (crew, workers, cluster):
         monkeypatch.setattr(module, "ray", fake)
     monkeypatch.setattr(cluster, "_outlive", lambda: None)
+    monkeypatch.setattr(cluster, "on_this_machine", lambda: "here")
     monkeypatch.setattr(crew, "_GRACE", 0.2)
     return fake
 
