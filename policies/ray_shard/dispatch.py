@@ -6,7 +6,6 @@ same arguments.
 """
 from __future__ import annotations
 
-import pickle
 import threading
 import time
 from collections import Counter
@@ -14,27 +13,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import ray
 import torch
 
 from ...telemetry import emit
-from ..files.provenance import FileChanged
 from ..policy import Proceed
 from ..sampling import Predict
 from . import rows
 from .branches import lane
 from .comparing import difference, tolerance
 from .crew import Crew
-from .freight import Freight, Freighter
+from .freight import UNSENDABLE, Freight, Freighter
 from .parcels import Parcel, unpack
 from .score import Score
 from .settings import Settings
 from .workers import Failed, Lost, Worker
 
 ROWS, HEADS, LOCAL = "rows", "heads", "local"
-# What a worker raised; what objects of packs raise when they are pickled; and what Ray raises when its store is full.
-_FAILURES = (Failed, pickle.PicklingError, TypeError, AttributeError, ValueError, RuntimeError, FileChanged,
-             ray.exceptions.RayError)
 _PATIENCE = 3  # failures one after the other, and a model is not sent again in this prompt
 
 
@@ -93,7 +87,7 @@ class Dispatcher:
         except Lost as lost:
             self._crew.lose(lost.workers, str(lost))
             return None, str(lost)
-        except _FAILURES as error:
+        except (Failed, *UNSENDABLE) as error:
             self._failed(request, workers)
             return None, str(error) if isinstance(error, Failed) else f"it cannot be sent: {type(error).__name__}: {error}"
 

@@ -1,8 +1,8 @@
 """What workers have of a model: weights as built, and what is patched. Sent when it changed, acknowledged before a step."""
 from __future__ import annotations
 
-import hashlib
 import itertools
+import pickle
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,12 +14,15 @@ import torch
 
 from ...telemetry import emit
 from ..files.bank import Bank
+from ..files.provenance import FileChanged
 from ..models import Remote
 from .crew import Crew
 from .parcels import Parcel, pack
 from .workers import Worker
 
 _LOADING = 600.0  # seconds
+# What objects of packs raise when they are pickled, and what Ray raises when its store is full.
+UNSENDABLE = (pickle.PicklingError, TypeError, AttributeError, ValueError, RuntimeError, FileChanged, ray.exceptions.RayError)
 
 
 @dataclass
@@ -104,11 +107,9 @@ class Freighter:
         if token == freight.token:
             return
         parcel = pack(remote.patches(), self._bank, known=remote.known())
-        digest = hashlib.sha256(parcel.data)
-        for buffer in parcel.buffers:
-            digest.update(buffer)
-        if digest.hexdigest() != freight.digest:
-            freight.patches, freight.digest = ray.put(parcel), digest.hexdigest()
+        digest = parcel.digest()
+        if digest != freight.digest:
+            freight.patches, freight.digest = ray.put(parcel), digest
         freight.token = token
 
     def _load(self, freight: Freight, workers: Sequence[Worker]) -> None:

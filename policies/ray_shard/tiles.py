@@ -12,25 +12,21 @@ from dataclasses import replace
 from typing import Any
 from weakref import WeakSet
 
-import ray
 import torch
 
 from ...telemetry import emit
 from ..computing import ScaleTiles
-from ..files.provenance import FileChanged
 from ..policy import Proceed
 from .ahead import Ahead
 from .comparing import difference, tolerance
 from .crew import Crew
-from .freight import Freight, Freighter
+from .freight import UNSENDABLE, Freight, Freighter
 from .parcels import Parcel, pack, unpack
 from .score import Score
 from .settings import Settings
 from .workers import Failed, Lost, Worker, in_a_line
 
 TILES = "tiles"
-# What objects of packs raise when they are pickled, and what Ray raises when its store is full.
-_UNSENDABLE = (pickle.PicklingError, TypeError, AttributeError, ValueError, RuntimeError, FileChanged, ray.exceptions.RayError)
 _LARGEST = 2**20  # bytes of tensors in a function: it travels with every tile
 
 
@@ -61,7 +57,7 @@ class Tiler:
         except Failed as failed:
             self.refuse(request, str(failed))
             return proceed()
-        except _UNSENDABLE as error:
+        except UNSENDABLE as error:
             self.refuse(request, f"it cannot be sent: {in_a_line(error)}")
             return proceed()
         tiling = Tiling(self, request, tiles, workers, freight, function)

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -79,11 +78,11 @@ class Program:
             model.must_have(digest)
             arguments = self._received.open(parcel, self._device)
             options = dict(arguments["transformer_options"])
-            before = _bits(options) if guests else ""
+            before = pack(options, files=False).digest() if guests else ""
             ready = time.perf_counter()
             answer, shared = self._shared(model, arguments) if heads else (model.predict(arguments), 0)
             computed = time.perf_counter()
-            stateful = guests and _bits(options) != before
+            stateful = guests and pack(options, files=False).digest() != before
             packed = pack(answer, files=False)
         return {"answer": packed, "seconds": time.perf_counter() - started, "compute_seconds": computed - ready,
                 "free_bytes": self._free(), "shared": shared, "stateful": stateful}
@@ -174,12 +173,3 @@ class Program:
 
     def _free(self) -> int:
         return int(self._management.get_free_memory(self._device))
-
-
-def _bits(value: Any) -> str:
-    """A digest of all that is in it, tensors too."""
-    parcel = pack(value, files=False)
-    digest = hashlib.sha256(parcel.data)
-    for buffer in parcel.buffers:
-        digest.update(buffer)
-    return digest.hexdigest()
