@@ -1,24 +1,18 @@
 """Sharing attention by heads changes nothing but who computes: arithmetic in one process, ComfyUI's models in three."""
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from comfy.ldm.modules import attention as comfy_attention
-from residency.policies.ray_shard.worker.group import open_port
 from residency.policies.ray_shard.worker.heads import Attention, HeadParallel, split
-from support.loading import ROOT
-from support.ranks import LONELY, WAYS
+from support.head_ranks import LONELY, WAYS
+from support.ranks import ranks_of
 
 TOLERANCE = 1e-5
 RANKS = 3
-PROGRAM = "from support import loading; loading.load(); from support import ranks; ranks.main()"
 Results = list[dict[str, dict[str, Any]]]
 
 
@@ -234,18 +228,7 @@ def test_an_error_inside_leaves_the_next_call_shared() -> None:
 @pytest.fixture(scope="module")
 def ranks() -> Results:
     """What three processes found, each started once for all ways and families."""
-    ports = [str(open_port()) for _ in WAYS]
-    started = [subprocess.Popen([sys.executable, "-c", PROGRAM, str(rank), *ports], cwd=ROOT / "tests", text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"})
-               for rank in range(RANKS)]
-    try:
-        said = [process.communicate(timeout=240) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0] * RANKS, "\n".join(errors for _, errors in said)
-    return [json.loads(out.splitlines()[-1]) for out, _ in said]
+    return ranks_of("head_ranks", RANKS, len(WAYS))
 
 
 @pytest.mark.parametrize("way", WAYS)

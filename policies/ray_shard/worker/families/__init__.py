@@ -1,0 +1,28 @@
+"""How tokens flow through the families of models that ComfyUI has: where they are spread among the ranks, what has a value for
+each of them and so follows, and where they are gathered. Nothing of a model's arithmetic is here.
+
+A class of models is known by its module and name, so that a subclass, which may do anything else, is not taken for it.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from ..tokens import TokenParallel
+from .flux import flux
+from .qwen import qwen
+from .wan import wan
+
+Family = Callable[[Any, TokenParallel], AbstractContextManager[None]]
+
+FAMILIES: dict[tuple[str, str], Family] = {
+    ("comfy.ldm.flux.model", "Flux"): flux,
+    ("comfy.ldm.qwen_image.model", "QwenImageTransformer2DModel"): qwen,
+    ("comfy.ldm.wan.model", "WanModel"): wan,
+}
+
+
+def family(model: Any) -> Family | None:
+    """Of a diffusion model; None if nobody has said how its tokens flow."""
+    return FAMILIES.get((type(model).__module__, type(model).__qualname__))

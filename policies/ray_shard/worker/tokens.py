@@ -1,0 +1,188 @@
+"""Sequence parallelism: every rank has a part of the tokens, and of each attention some of the heads over all of them.
+
+All but attention looks at one token at a time. Before an attention the ranks exchange, in one collective, each its tokens'
+queries, keys and values of the heads that another computes; after it, the results, back to whose tokens they are (DeepSpeed-
+Ulysses, arXiv:2309.14509). Neither tokens nor heads need be a multiple of the ranks. It is exact: what attends is the whole
+sequence in its own order, so that masks, and an attention function of the user's, see what they would see on one device.
+
+What flows where in a model is said by its family (`families`).
+"""
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+
+from .group import Exchange
+from .heads import Attention, split
+from .layout import Layout
+
+
+class Unsuited(Exception):
+    """This call's tokens cannot be shared out. All ranks find it alike, before or after the same exchanges."""
+
+
+class TokenParallel:
+    """Shares the tokens of a step among the ranks of a group; `attention` is an override for ComfyUI's `transformer_options`.
+
+    Args:
+        shares: of tokens and heads, one for each rank, in any unit; equal if left out.
+
+    Attributes:
+        rank: this process's.
+        shared: attention calls in which tokens were exchanged.
+        whole: others: those of what every rank has whole.
+        mask: of all tokens, for attentions that are given none, because the model would make it of its own tokens only.
+    """
+
+    def __init__(self, group: Exchange, shares: Sequence[float] | None = None) -> None:
+        self._shares = [1.0] * group.world if shares is None else [float(share) for share in shares]
+        self._group = group
+        self.rank = group.rank
+        self._layout: Layout | None = None
+        self._inside = False
+        self.shared = self.whole = 0
+        self.mask: torch.Tensor | None = None
+
+    def layout(self, *segments: int) -> Layout:
+        """The ranks' parts of a sequence of so many tokens in each segment."""
+        return Layout(segments, self._shares)
+
+    @property
+    def spread(self) -> Layout | None:
+        """What attends is spread like this; None while every rank has all of it."""
+        return self._layout
+
+    @spread.setter
+    def spread(self, layout: Layout | None) -> None:
+        if layout is not None and not all(layout.lengths):
+            raise Unsuited(f"{layout.total} tokens are not enough for all workers")
+        self._layout = layout
+
+    def take(self, tensor: torch.Tensor, layout: Layout, dim: int = 1) -> torch.Tensor:
+        """This rank's part of what has all tokens along `dim`.
+
+        Raises:
+            Unsuited: it has another number of them.
+        """
+        if tensor.shape[dim] != layout.total:
+            raise Unsuited(f"a tensor of {tuple(tensor.shape)} has not {layout.total} tokens along {dim}")
+        return layout.take(tensor, self.rank, dim)
+
+    def gather(self, tensor: torch.Tensor, layout: Layout, dim: int = 1) -> torch.Tensor:
+        """The whole, on every rank, of this rank's part."""
+        whole = self._group.gather(tensor, dim, layout.lengths)
+        return layout.join(torch.split(whole, layout.lengths, dim), dim) if len(layout.segments) > 1 else whole
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """Attention in here is of each token to what every rank has whole, as a text."""
+        kept, self._layout = self._layout, None
+        try:
+            yield
+        finally:
+            self._layout = kept
+
+    def over(self, theirs: Callable[..., torch.Tensor] | None) -> Callable[..., torch.Tensor]:
+        """An override for an attention that already has one: theirs is asked on each rank, for that rank's heads."""
+        if theirs is None:
+            return self.attention
+        return lambda func, *args, **kwargs: self.attention(functools.partial(theirs, func), *args, **kwargs)
+
+    def attention(self, func: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int,
+                  mask: torch.Tensor | None = None, attn_precision: Any = None, skip_reshape: bool = False,
+                  skip_output_reshape: bool = False, **kwargs: Any) -> torch.Tensor:
+        """What `func`, one of ComfyUI's attention functions, makes of all ranks' tokens, for this rank's tokens.
+
+        Args:
+            q: (batch, tokens, heads * dim); (batch, heads, tokens, dim) with `skip_reshape`.
+            k, v: likewise, or (batch, tokens, heads, dim); with `enable_gqa` their heads may be fewer.
+            mask: as `func` wants it for the whole sequence.
+
+        Returns:
+            (batch, tokens, heads * dim); (batch, heads, tokens, dim) with `skip_output_reshape`.
+
+        Raises:
+            Unsuited: the tokens are not those of the layout.
+            PeerLost: another rank did not take part.
+        """
+        func = functools.partial(func, attn_precision=attn_precision)
+        if self._inside or self._layout is None or self._group.world == 1:
+            self.whole += not self._inside
+            return func(q, k, v, heads, mask=mask, skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape, **kwargs)
+        if not skip_reshape:
+            q, k, v = (_by_head(tensor, q.shape[-1] // heads) for tensor in (q, k, v))
+        out = self._exchanged(func, self._layout, (q, k, v), heads, mask, kwargs)
+        self.shared += 1
+        return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
+
+    def _exchanged(self, func: Attention, layout: Layout, qkv: tuple[torch.Tensor, ...], heads: int, mask: torch.Tensor | None,
+                   kwargs: dict[str, Any]) -> torch.Tensor:
+        """(batch, heads, this rank's tokens, dim) of each."""
+        mine = layout.lengths[self.rank]
+        if any(tensor.shape[2] != mine for tensor in qkv) or qkv[0].shape[1] != heads:
+            raise Unsuited(f"an attention of {[tuple(tensor.shape) for tensor in qkv]} has not {mine} tokens of {heads} heads")
+        counts, qkv = self._heads_for(qkv)
+        whole = self._to_heads(layout, qkv, counts)
+        mask = self.mask if mask is None else mask
+        out = self._own(func, whole, _of_heads(mask, heads, counts[0], self.rank), kwargs)
+        parts = [layout.take(out, other, 2).contiguous() for other in range(self._group.world)]
+        shapes = [(out.shape[0], count, mine, out.shape[-1]) for count in counts[0]]
+        return torch.cat(self._group.all_to_all(parts, shapes), 1)
+
+    def _to_heads(self, layout: Layout, qkv: tuple[torch.Tensor, ...], counts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """(batch, this rank's heads, all tokens, dim) of each of the three; one exchange."""
+        by_tensor = [torch.split(tensor, list(each), 1) for tensor, each in zip(qkv, counts, strict=True)]
+        parts = [torch.cat([one.flatten() for one in three]) for three in zip(*by_tensor, strict=True)]
+        shapes = [[(tensor.shape[0], each[self.rank], length, tensor.shape[-1])
+                   for tensor, each in zip(qkv, counts, strict=True)] for length in layout.lengths]
+        sizes = [[math.prod(shape) for shape in three] for three in shapes]
+        received = self._group.all_to_all(parts, [[sum(three)] for three in sizes])
+        pieces = [[piece.view(shape) for piece, shape in zip(torch.split(part, size), three, strict=True)]
+                  for part, size, three in zip(received, sizes, shapes, strict=True)]
+        return [layout.join(of_ranks, 2) for of_ranks in zip(*pieces, strict=True)]
+
+    def _own(self, func: Attention, whole: list[torch.Tensor], mask: torch.Tensor | None,
+             kwargs: dict[str, Any]) -> torch.Tensor:
+        q, k, v = whole
+        if not q.shape[1]:
+            return q.new_empty((q.shape[0], 0, q.shape[2], v.shape[-1]))
+        if k.shape[1] == q.shape[1]:
+            kwargs.pop("enable_gqa", None)
+        self._inside = True
+        try:
+            return func(q, k, v, q.shape[1], mask=mask, skip_reshape=True, skip_output_reshape=True, **kwargs)
+        finally:
+            self._inside = False
+
+    def _heads_for(self, qkv: tuple[torch.Tensor, ...]) -> tuple[list[list[int]], tuple[torch.Tensor, ...]]:
+        """(heads of queries, keys and values for each rank; all three). Queries stay with the keys that their group shares;
+        keys are repeated where there are not enough for the ranks."""
+        q, k, v = qkv
+        group, rest = divmod(q.shape[1], k.shape[1])
+        if rest or k.shape[1] != v.shape[1]:
+            raise Unsuited(f"{q.shape[1]} heads of queries have {k.shape[1]} of keys and {v.shape[1]} of values")
+        if group > 1 and k.shape[1] < self._group.world:
+            k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
+        counts = split(k.shape[1], self._shares)
+        return [[count * group for count in counts], counts, counts], (q, k, v)
+
+
+def _by_head(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    """(batch, heads, tokens, dim), as a view."""
+    return (tensor if tensor.ndim == 4 else tensor.view(*tensor.shape[:-1], -1, dim)).transpose(1, 2)
+
+
+def _of_heads(mask: torch.Tensor | None, heads: int, counts: Sequence[int], rank: int) -> torch.Tensor | None:
+    """A rank's part of a mask that has heads; any other is for all of them."""
+    if mask is None or mask.ndim < 4 or mask.shape[1] == 1:
+        return mask
+    if mask.shape[1] != heads:
+        raise Unsuited(f"a mask of {tuple(mask.shape)} is not of {heads} heads")
+    start, stop = list(pairwise(accumulate(counts, initial=0)))[rank]
+    return mask[:, start:stop]

@@ -1,0 +1,8 @@
+"""Calls of ComfyUI's models whose tokens are shared out, by what is special: one module for each module of families."""
+from __future__ import annotations
+
+from support.families import Family
+
+from . import flux, qwen, wan
+
+CASES: dict[str, Family] = {**flux.CASES, **qwen.CASES, **wan.CASES}
