@@ -194,7 +194,7 @@ class Crew:
     def _group(self) -> None:
         """The workers meet; where they cannot, each goes on by itself."""
         self.grouped = False
-        if not self._settings.heads or len(self._workers) < 2:
+        if not self._settings.together or len(self._workers) < 2:
             return
         try:
             ray.get([worker.tell("about") for worker in self._workers], timeout=_GRACE)  # none is dead, and replaced later
@@ -205,7 +205,7 @@ class Crew:
             ray.get(joining, timeout=self._settings.timeout_seconds)
             self.grouped = True
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
-            emit("shard.demoted", model="all", way="heads", reason=f"the workers did not meet: {in_a_line(error)}")
+            emit("shard.demoted", model="all", way="together", reason=f"the workers did not meet: {in_a_line(error)}")
 
     def _replace(self, workers: Sequence[Worker]) -> None:
         if self.broken:

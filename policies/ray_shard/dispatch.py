@@ -28,7 +28,7 @@ from .score import Score
 from .settings import Settings
 from .workers import Failed, Lost, Worker
 
-ROWS, HEADS, LOCAL = "rows", "heads", "local"
+ROWS, HEADS, TOKENS, LOCAL = "rows", "heads", "tokens", "local"
 _PATIENCE = 3  # failures one after the other, and a model is not sent again in this prompt
 
 
@@ -132,11 +132,11 @@ class Dispatcher:
         whole = rows.Share(0, tuple(range(count)), tuple(range(rows.chunks_of(request.rest, count))))
         shares = [whole] if request.guests or not self._settings.rows else rows.split(
             count, len(whole.chunks), [worker.weight for worker in workers], rows.belong_together(request.rest, count))
-        ways = [Way(ROWS, shares)]
-        if self._crew.grouped and lane().count == 1:
-            together = Way(HEADS, [rows.Share(place, whole.rows, whole.chunks) for place in range(len(workers))])
-            ways.insert(0 if len(shares) == 1 else 1, together)
-        return ways
+        everywhere = [rows.Share(place, whole.rows, whole.chunks) for place in range(len(workers))]
+        together = self._settings.together if self._crew.grouped and lane().count == 1 else ()
+        order = (ROWS, TOKENS, HEADS) if len(shares) == len(workers) > 1 else \
+            (TOKENS, ROWS, HEADS) if len(shares) > 1 else (TOKENS, HEADS, ROWS)
+        return [Way(name, shares if name == ROWS else everywhere) for name in order if name == ROWS or name in together]
 
     def _verify(self, request: Predict, proceed: Proceed, found: Found) -> Any:
         """The workers' answer, or the host's own where both were computed to be compared."""
@@ -153,6 +153,8 @@ class Dispatcher:
         return expected
 
     def _ask(self, request: Predict, freight: Freight, way: Way, workers: Sequence[Worker]) -> torch.Tensor:
+        if way.name == TOKENS and request.guests:
+            raise Unsuited(f"{', '.join(request.guests)} may need all tokens")
         started = time.perf_counter()
         asked, sent = {}, 0
         with self._sending:
@@ -160,14 +162,15 @@ class Dispatcher:
                 worker = workers[share.worker]
                 parcel = self._parcel(request, share, worker)
                 sent += len(parcel.data) + parcel.copied_bytes
-                asked[worker] = worker.ask("predict", freight.key, freight.digest, parcel, way.name == HEADS,
-                                             bool(request.guests))
+                asked[worker] = worker.ask("predict", freight.key, freight.digest, parcel, way.name, bool(request.guests))
         answers = self._crew.gather(asked, self._settings.timeout_seconds, lane().check)
         for worker, answer in zip(asked, answers, strict=True):
             worker.about["free_bytes"] = answer["free_bytes"]
+        if unsuited := next((answer["unsuited"] for answer in answers if "unsuited" in answer), ""):
+            raise Unsuited(unsuited)
         if any(answer["stateful"] for answer in answers):
             raise Unsuited("a pack keeps a state of its own from step to step, which is here")
-        if way.name == HEADS and not any(answer["shared"] for answer in answers):
+        if way.name != ROWS and not any(answer["shared"] for answer in answers):
             raise Unsuited("no attention of it could be shared")
         parts = [unpack(answer["answer"], writable=True) for answer in (answers if way.name == ROWS else answers[:1])]
         whole = rows.join(way.shares, parts) if way.name == ROWS else parts[0]

@@ -55,10 +55,16 @@ class Settings:
     detached: bool = False
     rows: bool = True
     heads: bool = True
+    tokens: bool = True
     tiles: bool = True
     verify: str = field(default="first_step", metadata={"choices": ("off", "first_step", "always")})
     self_test: bool = True
     timeout_seconds: float = field(default=120, metadata={"minimum": 5})
+
+    @property
+    def together(self) -> tuple[str, ...]:
+        """The ways in which all workers compute one prediction."""
+        return tuple(name for name in ("tokens", "heads") if getattr(self, name))
 
     @property
     def is_local(self) -> bool:

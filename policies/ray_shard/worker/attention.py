@@ -18,9 +18,12 @@ from typing import Any
 import torch
 
 from .heads import HeadParallel
+from .tokens import TokenParallel
+
+Parallel = HeadParallel | TokenParallel
 
 # Of the step that is computed now; other threads of the process compute by themselves.
-_current: ContextVar[HeadParallel | None] = ContextVar("sharing", default=None)
+_current: ContextVar[Parallel | None] = ContextVar("sharing", default=None)
 
 # ComfyUI's mark on the calls that its attention functions make themselves, when they hand over to another.
 _INSIDE = "_inside_attn_wrapper"
@@ -37,7 +40,7 @@ class Entry:
 
 
 @contextlib.contextmanager
-def sharing(parallel: HeadParallel) -> Iterator[None]:
+def sharing(parallel: Parallel) -> Iterator[None]:
     """Attention is shared, in this thread, until the end of the `with`. An override that is in force is asked as before."""
     token = _current.set(parallel)
     try:

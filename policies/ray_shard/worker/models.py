@@ -81,6 +81,11 @@ class Model:
         if self._digest != digest:
             raise KeyError(f"patched is {self._digest!r}, not {digest!r}")
 
+    @property
+    def diffusion_model(self) -> Any:
+        """What the tokens flow through."""
+        return self._model.diffusion_model
+
     def predict(self, arguments: dict[str, Any]) -> torch.Tensor:
         x = arguments.pop("x")
         if self._placed is not self._patcher:

@@ -14,8 +14,10 @@ from ...memory import process_memory
 from ..memo import Received
 from ..parcels import Parcel, pack, unpack
 from ..tiles import as_it_lay
-from .group import Group, open_port
+from .group import Group, PeerLost, open_port
+from .sharing import TOGETHER, sharing
 from .start import become, end_with
+from .tokens import Unsuited
 
 
 class Program:
@@ -61,12 +63,15 @@ class Program:
         with torch.inference_mode():
             self._models[key].patch(digest, parcel)
 
-    def predict(self, key: str, digest: str, parcel: Parcel, heads: bool, guests: bool) -> dict[str, Any]:
+    def predict(self, key: str, digest: str, parcel: Parcel, way: str, guests: bool) -> dict[str, Any]:
         """One batch.
 
         Args:
-            heads: of each attention only this worker's are computed; all workers are asked at the same time.
+            way: `sharing.HEADS` or `sharing.TOKENS`, for which all workers are asked at the same time; else it is of this one.
             guests: packs take part, and are looked at for a state of their own.
+
+        Returns:
+            The answer, and what it took; or under "unsuited" why it cannot be computed in this way.
 
         Raises:
             KeyError: the model, or what is patched, is not here.
@@ -80,7 +85,10 @@ class Program:
             options = dict(arguments["transformer_options"])
             before = pack(options, files=False).digest() if guests else ""
             ready = time.perf_counter()
-            answer, shared = self._shared(model, arguments) if heads else (model.predict(arguments), 0)
+            try:
+                answer, shared = self._shared(way, model, arguments) if way in TOGETHER else (model.predict(arguments), 0)
+            except Unsuited as unsuited:
+                return {"unsuited": str(unsuited), "free_bytes": self._free()}
             computed = time.perf_counter()
             stateful = guests and pack(options, files=False).digest() != before
             packed = pack(answer, files=False)
@@ -109,20 +117,16 @@ class Program:
             computed = time.perf_counter()
             return {"answer": pack(answer, files=False), "compute_seconds": computed - started}
 
-    def _shared(self, model: Any, arguments: dict[str, Any]) -> tuple[torch.Tensor, int]:
+    def _shared(self, way: str, model: Any, arguments: dict[str, Any]) -> tuple[torch.Tensor, int]:
         """(the prediction, calls of attention that were shared)."""
-        from .group import PeerLost
-        from .heads import HeadParallel
-
         if self._group is None:
             raise PeerLost("the workers have not met")
-        parallel = HeadParallel(self._group, self._shares)
-        options = arguments["transformer_options"]
-        theirs = options.get("optimized_attention_override")
-        arguments["transformer_options"] = {**options, "optimized_attention_override": parallel.over(theirs)}
         try:
-            with self._attention.sharing(parallel):
+            with sharing(way, model.diffusion_model, arguments, self._group, self._shares) as parallel, \
+                    self._attention.sharing(parallel):
                 return model.predict(arguments), parallel.shared
+        except Unsuited:  # all workers find it alike
+            raise
         except BaseException:
             self._leave()  # the others wait for this one no longer
             raise

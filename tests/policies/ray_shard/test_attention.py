@@ -15,8 +15,8 @@ import pytest
 import torch
 from residency.policies.ray_shard.worker import attention
 from residency.policies.ray_shard.worker.heads import HeadParallel
+from support.head_ranks import Lonely
 from support.loading import TREES, VERSIONS
-from support.ranks import Lonely
 
 TENSORS = [torch.randn(1, 7, 20, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
 HELD = [(comfy_attention, "optimized_attention"), (comfy_attention, "optimized_attention_masked"),

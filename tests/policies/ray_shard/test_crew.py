@@ -175,7 +175,8 @@ def make(fake: FakeRay, host: Host) -> Iterator[Callable[..., Crew]]:
 
     def make(count: int = 2, device: str = "cpu", **settings: Any) -> Crew:
         devices = [WorkerSettings(device if device == "cpu" else f"{device}:{place}") for place in range(count)]
-        made.append(Crew(Settings(**{"heads": False, **settings}), devices, lambda: {"threads": 8}, host.raise_if_cancelled))
+        alone = {"heads": False, "tokens": False}
+        made.append(Crew(Settings(**{**alone, **settings}), devices, lambda: {"threads": 8}, host.raise_if_cancelled))
         return made[-1]
 
     yield make
@@ -294,10 +295,10 @@ class TestMeeting:
         (event,) = ring.named("shard.demoted")
         assert "no route" in event.fields["reason"]
 
-    @pytest.mark.parametrize(("count", "heads"), [(1, True), (2, False)])
-    def test_nobody_to_meet(self, fake: FakeRay, make: Callable[..., Crew], count: int, heads: bool) -> None:
+    @pytest.mark.parametrize(("count", "together"), [(1, True), (2, False)])
+    def test_nobody_to_meet(self, fake: FakeRay, make: Callable[..., Crew], count: int, together: bool) -> None:
         """One alone, or the user does not want it."""
-        crew = make(count, heads=heads)
+        crew = make(count, heads=together, tokens=together)
         crew.ready()
         assert not crew.grouped
         assert fake.actors[0].heard("join") == []

@@ -17,7 +17,7 @@ from residency.policies.chain import PolicyChain
 from residency.policies.policy import Decision, Policy
 from residency.policies.ray_shard import branches
 from residency.policies.ray_shard.branches import lane, side_by_side
-from residency.policies.ray_shard.dispatch import Dispatcher
+from residency.policies.ray_shard.dispatch import HEADS, ROWS, TOKENS, Dispatcher
 from residency.policies.ray_shard.memo import Received
 from residency.policies.ray_shard.parcels import pack
 from residency.policies.ray_shard.settings import Settings
@@ -45,7 +45,7 @@ class Call:
 
     worker: int
     rows: int
-    heads: bool
+    way: str
     guests: bool
     chunks: list[int]
 
@@ -58,15 +58,17 @@ class Handle:
         self.received = Received()
         self.ask = self
 
-    def remote(self, what: str, key: str, digest: str, parcel: Any, heads: bool, guests: bool) -> Any:
+    def remote(self, what: str, key: str, digest: str, parcel: Any, way: str, guests: bool) -> Any:
         try:
             arguments = self.received.open(parcel, CPU)
         except KeyError as error:
             return partial(self._raise, Failed(f"KeyError: {error}"))
         named = arguments["transformer_options"].get("cond_or_uncond", [])
-        self.crew.calls.append(Call(self.rank, len(arguments["x"]), heads, guests, named))
+        self.crew.calls.append(Call(self.rank, len(arguments["x"]), way, guests, named))
+        if way in self.crew.unsuited:
+            return lambda: {"unsuited": self.crew.unsuited[way], "free_bytes": 0}
         return lambda: {"answer": pack(self.crew.model(arguments), files=False), "seconds": 0.1, "compute_seconds": 0.05,
-                        "free_bytes": 1000 + self.rank, "shared": self.crew.shared if heads else 0,
+                        "free_bytes": 1000 + self.rank, "shared": self.crew.shared if way != ROWS else 0,
                         "stateful": self.crew.stateful and guests}
 
     def _raise(self, error: Exception) -> Any:
@@ -80,6 +82,7 @@ class FakeCrew:
         self.calls: list[Call] = []
         self.model: Model = double
         self.shared, self.stateful = 3, False
+        self.unsuited: dict[str, str] = {}
         self.broken, self.grouped = "", False
         self.error: BaseException | None = None
         self.lost: list[tuple[list[int], str]] = []
@@ -182,10 +185,10 @@ class Scene:
         column = torch.arange(rows, dtype=torch.float32)[:, None]
         return (column + 1).repeat(1, 3) * 2 + column
 
-    def asked(self) -> list[tuple[int, int, bool]]:
-        """(worker, rows, whether for its heads) of each question since the last time."""
+    def asked(self) -> list[tuple[int, int, str]]:
+        """(worker, rows, way) of each question since the last time."""
         calls, self.crew.calls = self.crew.calls, []
-        return [(call.worker, call.rows, call.heads) for call in calls]
+        return [(call.worker, call.rows, call.way) for call in calls]
 
 
 def demoted(ring: Ring) -> list[tuple[str, str]]:
@@ -197,7 +200,7 @@ class TestWays:
         """The host is not asked, nor its model placed."""
         scene = Scene()
         assert torch.equal(scene.predict(), scene.expected())
-        assert scene.asked() == [(0, 2, False), (1, 2, False)]
+        assert scene.asked() == [(0, 2, ROWS), (1, 2, ROWS)]
         assert (scene.hosts, scene.remote.placed, demoted(ring)) == (0, 0, [])
 
     def test_each_gets_the_chunks_of_its_rows(self) -> None:
@@ -210,55 +213,72 @@ class TestWays:
         """A slow one gets less."""
         scene = Scene(weights=[3, 1])
         assert torch.equal(scene.predict(rows=8, chunks=1), scene.expected(8))
-        assert scene.asked() == [(0, 6, False), (1, 2, False)]
+        assert scene.asked() == [(0, 6, ROWS), (1, 2, ROWS)]
 
     def test_a_single_row_goes_to_one_worker(self) -> None:
         """Where the workers did not meet."""
         scene = Scene()
         assert torch.equal(scene.predict(rows=1, chunks=1), scene.expected(1))
-        assert scene.asked() == [(0, 1, False)]
+        assert scene.asked() == [(0, 1, ROWS)]
 
-    def test_the_heads_of_a_single_row_are_shared(self) -> None:
+    @pytest.mark.parametrize(("off", "way"), [({}, TOKENS), ({"tokens": False}, HEADS)])
+    def test_a_single_row_is_shared(self, off: dict[str, bool], way: str) -> None:
         """All are given the whole batch, and answer alike."""
-        scene = Scene()
+        scene = Scene(**off)
         scene.crew.grouped = True
         assert torch.equal(scene.predict(rows=1, chunks=1), scene.expected(1))
-        assert scene.asked() == [(0, 1, True), (1, 1, True)]
+        assert scene.asked() == [(0, 1, way), (1, 1, way)]
 
-    def test_rows_come_before_heads(self) -> None:
+    def test_rows_that_are_too_few_for_all_come_after_tokens(self) -> None:
+        """Nobody is to be idle."""
+        scene = Scene(count=3)
+        scene.crew.grouped = True
+        scene.predict(rows=2)
+        assert scene.asked() == [(0, 2, TOKENS), (1, 2, TOKENS), (2, 2, TOKENS)]
+
+    def test_what_does_not_suit_a_model_is_not_asked_again(self, ring: Ring) -> None:
+        """From tokens to heads to rows; the reasons are said once."""
+        scene = Scene()
+        scene.crew.grouped, scene.crew.unsuited = True, {TOKENS: "no family", HEADS: "no heads"}
+        for _ in range(2):
+            assert torch.equal(scene.predict(rows=1, chunks=1), scene.expected(1))
+        assert [way for _, _, way in scene.asked()] == [TOKENS, TOKENS, HEADS, HEADS, ROWS, ROWS]
+        assert demoted(ring) == [(TOKENS, "no family"), (HEADS, "no heads")]
+
+    def test_rows_come_before_what_all_do_together(self) -> None:
         """They cost no exchange."""
         scene = Scene()
         scene.crew.grouped = True
         scene.predict()
-        assert scene.asked() == [(0, 2, False), (1, 2, False)]
+        assert scene.asked() == [(0, 2, ROWS), (1, 2, ROWS)]
 
     def test_without_rows_one_worker_has_all(self) -> None:
         """The user turned them off."""
         scene = Scene(rows=False)
         scene.predict()
-        assert scene.asked() == [(0, 4, False)]
+        assert scene.asked() == [(0, 4, ROWS)]
 
     def test_packs_see_the_whole_batch(self) -> None:
         """On one worker, or on all for their heads."""
         scene = Scene()
         scene.predict(guests=("pack.Patch",))
-        assert scene.asked() == [(0, 4, False)]
+        assert scene.asked() == [(0, 4, ROWS)]
         scene.crew.grouped = True
         scene.predict(guests=("pack.Patch",))
-        assert scene.asked() == [(0, 4, True), (1, 4, True)]
+        assert scene.asked() == [(0, 4, HEADS), (1, 4, HEADS)]
 
     def test_frames_of_a_video_stay_together(self) -> None:
         """A chunk for each worker."""
         scene = Scene(count=3)
         scene.predict(rows=4, chunks=2, num_video_frames=2)
-        assert scene.asked() == [(0, 2, False), (1, 2, False)]
+        assert scene.asked() == [(0, 2, ROWS), (1, 2, ROWS)]
 
     def test_a_branch_has_its_own_workers(self) -> None:
         """And shares no heads, for which all would have to be asked."""
         scene = Scene(count=4)
         scene.crew.grouped = True
         side_by_side({place: lambda: [scene.predict(rows=1, chunks=1)] * 2 for place in (0, 1)})
-        assert sorted(scene.asked()) == [(0, 1, False), (1, 1, False)]
+        assert sorted(scene.asked()) == [(0, 1, ROWS), (1, 1, ROWS)]
         assert sorted(scene.freighter.delivered) == [[0, 2], [1, 3]]
 
     def test_branches_that_share_a_worker_do_not_mix_up_what_it_knows(self) -> None:
@@ -366,8 +386,8 @@ class TestDemotion:
         scene.crew.grouped, scene.crew.shared = True, 0
         for _ in range(2):
             assert torch.equal(scene.predict(rows=1, chunks=1), scene.expected(1))
-        assert scene.asked() == [(0, 1, True), (1, 1, True), (0, 1, False), (0, 1, False)]
-        assert (scene.hosts, [way for way, _ in demoted(ring)]) == (0, ["heads"])
+        assert [way for _, _, way in scene.asked()] == [TOKENS, TOKENS, HEADS, HEADS, ROWS, ROWS]
+        assert (scene.hosts, [way for way, _ in demoted(ring)]) == (0, ["tokens", "heads"])
 
     def test_a_broken_crew(self, ring: Ring) -> None:
         """Nobody is waited for."""
@@ -468,14 +488,14 @@ class TestVerifying:
         assert len(scene.asked()) == 2
 
     def test_another_way_is_still_open(self) -> None:
-        """Heads, where rows differ."""
+        """Tokens, where rows differ."""
         scene = Scene(verify="first_step")
         scene.crew.grouped = True
         scene.crew.model = lambda arguments: double(arguments) * 1.01
         scene.predict()
         scene.crew.model = double
         scene.predict()
-        assert scene.asked() == [(0, 2, False), (1, 2, False), (0, 4, True), (1, 4, True)]
+        assert scene.asked() == [(0, 2, ROWS), (1, 2, ROWS), (0, 4, TOKENS), (1, 4, TOKENS)]
 
     @pytest.mark.parametrize(("dtype", "factor", "accepted"), [
         (torch.float32, 5e-5, True), (torch.float32, 1e-3, False), (torch.bfloat16, 1e-2, True), (torch.bfloat16, 1e-1, False),

@@ -41,10 +41,10 @@ class Worker:
         remote = RemoteModel(patcher)
         self.program.patch("model", digest, pickle.loads(pickle.dumps(pack(remote.patches(), known=remote.known()))))
 
-    def predict(self, key: str = "model", digest: str = "plain", heads: bool = False, guests: bool = False,
+    def predict(self, key: str = "model", digest: str = "plain", way: str = "rows", guests: bool = False,
                 **options: Any) -> dict[str, Any]:
         arguments = tiny.arguments(**options)
-        return self.program.predict(key, digest, self.sent.pack(arguments.pop("x"), arguments), heads, guests)
+        return self.program.predict(key, digest, self.sent.pack(arguments.pop("x"), arguments), way, guests)
 
     def here(self, patcher: Any = None, **options: Any) -> torch.Tensor:
         patcher = patcher or self.patcher
@@ -148,13 +148,13 @@ def test_a_state_of_a_packs_own_is_found(worker: Worker, patch: Callable[[], Sca
 def test_heads_without_the_others(worker: Worker) -> None:
     """They did not meet, or one has left: it is an error, not a wait."""
     with pytest.raises(PeerLost, match="not met"):
-        worker.predict(heads=True)
+        worker.predict(way="heads")
 
 
 def test_heads_of_a_group_of_one(worker: Worker) -> None:
     """The attention is the host's, whole; an override of a pack's is asked as ever."""
     worker.program.join(0, worker.program.address(local=True), [1.0], 10, test=True)
-    assert torch.equal(unpack(worker.predict(heads=True)["answer"]), worker.here())
+    assert torch.equal(unpack(worker.predict(way="heads")["answer"]), worker.here())
     asked: list[int] = []
 
     def override(function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -162,11 +162,18 @@ def test_heads_of_a_group_of_one(worker: Worker) -> None:
         return function(*args, **kwargs)
 
     with torch.inference_mode():
-        worker.program._shared(worker.program._models["model"], tiny.arguments(optimized_attention_override=override))
+        worker.program._shared("heads", worker.program._models["model"], tiny.arguments(optimized_attention_override=override))
     assert asked
     assert worker.program._group is not None
     worker.program._leave()
     assert worker.program._group is None
+
+
+def test_tokens_of_a_model_that_is_not_known(worker: Worker) -> None:
+    """A U-Net's are not; the workers stay together for another way."""
+    worker.program.join(0, worker.program.address(local=True), [1.0], 10, test=True)
+    assert worker.predict(way="tokens")["unsuited"] == "how tokens flow through UNetModel is not known here"
+    assert torch.equal(unpack(worker.predict(way="heads")["answer"]), worker.here())
 
 
 def test_a_step_that_fails_leaves_the_group(worker: Worker) -> None:
@@ -177,7 +184,7 @@ def test_a_step_that_fails_leaves_the_group(worker: Worker) -> None:
         raise ValueError("a pack's own")
 
     with pytest.raises(ValueError, match="a pack's own"):
-        worker.predict(heads=True, guests=True, patches={"attn2_patch": [broken]})
+        worker.predict(way="heads", guests=True, patches={"attn2_patch": [broken]})
     assert worker.program._group is None
 
 
