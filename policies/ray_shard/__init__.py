@@ -66,6 +66,7 @@ class RayShard(Policy):
         except ImportError as error:
             raise Unfit(f"{_INSTALL} ({error})") from None
         devices = self._devices()
+        self._count = len(devices)
         host = self._tools.host
         self._crew = Crew(self.settings, devices, host.process.twin, host.lifecycle.raise_if_cancelled)
         self._freighter = Freighter(self._crew, self._tools.bank)
@@ -131,7 +132,9 @@ class RayShard(Policy):
     def _step(self, request: SampleStep) -> Decision | None:
         if request.remote is None or self._freighter.of(request.remote) is None:
             return None
-        return Decision("", partial(_apart, request)) if len(request.branches()) > 1 else None
+        count = len(request.branches())
+        enough = count > 1 and (count >= self._count or not self.settings.together)  # else all of them compute each
+        return Decision("", partial(_apart, request)) if enough and self.settings.rows else None
 
     def _predict(self, request: Predict) -> Decision | None:
         return None if self._freighter.of(request.remote) is None else Decision("", partial(self._dispatcher.act, request))

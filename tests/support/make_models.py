@@ -2,6 +2,7 @@
 
 OUT is a ComfyUI models folder. Names: see `MODELS`. Files that exist stay; seeds are fixed.
 """
+import functools
 import itertools
 import json
 import math
@@ -17,6 +18,8 @@ comfy.options.enable_args_parsing()
 import comfy.clip_model
 import comfy.ldm.flux.controlnet
 import comfy.ldm.flux.model
+import comfy.ldm.lightricks.model
+import comfy.ldm.qwen_image.model
 import comfy.ldm.wan.model
 import comfy.ldm.wan.vae
 import comfy.ops
@@ -29,6 +32,13 @@ import safetensors.torch
 import torch
 from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
 
+# Of models whose sizes ComfyUI does not see in the weights: LTX-Video's come from the metadata, others' with `sizing_nodes`.
+SIZES = {
+    "diffusion_models/ltxv": {"cross_attention_dim": 96, "attention_head_dim": 32, "num_attention_heads": 3,
+                              "caption_channels": 768},
+    "diffusion_models/qwen": {"attention_head_dim": 32, "num_attention_heads": 5, "joint_attention_dim": 768,
+                              "axes_dims_rope": (8, 12, 12)},
+}
 OPS = comfy.ops.disable_weight_init
 NORMS = ("norm.weight", "norm.scale", "gamma")
 
@@ -88,6 +98,18 @@ def wan(seed, dtype=torch.float16):
     return randomize(meta(lambda: comfy.ldm.wan.model.WanModel(
         model_type="t2v", in_dim=16, out_dim=16, dim=128, ffn_dim=128, num_heads=1, num_layers=2, text_dim=4096,
         device="meta", dtype=torch.float32, operations=OPS)), dtype, seed)
+
+
+def ltxv(seed, dtype=torch.float32):
+    return randomize(meta(lambda: comfy.ldm.lightricks.model.LTXVModel(
+        in_channels=128, num_layers=2, **SIZES["diffusion_models/ltxv"], dtype=torch.float32, device="meta",
+        operations=OPS)), dtype, seed)
+
+
+def qwen(seed, dtype=torch.float32):
+    return randomize(meta(lambda: comfy.ldm.qwen_image.model.QwenImageTransformer2DModel(
+        in_channels=64, num_layers=2, **SIZES["diffusion_models/qwen"], dtype=torch.float32, device="meta",
+        operations=OPS)), dtype, seed)
 
 
 def taesd(seed, dtype=torch.float16):
@@ -255,6 +277,8 @@ MODELS = {
     "diffusion_models/flux_quantised": lambda: quantised_flux(2),
     "diffusion_models/sd3": lambda: sd3(1),
     "diffusion_models/wan": lambda: wan(3),
+    "diffusion_models/ltxv": lambda: ltxv(4),
+    "diffusion_models/qwen": lambda: qwen(5),
     "diffusion_models/big_a": lambda: big_flux(2),
     "diffusion_models/big_b": lambda: big_flux(12),
     "diffusion_models/big_fp32": lambda: big_flux(2, torch.float32),
@@ -291,7 +315,9 @@ for name in names:
         continue
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    save = {".pt": torch.save, ".gguf": save_gguf}.get(path.suffix, safetensors.torch.save_file)
+    metadata = {"config": json.dumps({"transformer": SIZES[name]})} if name in SIZES else None
+    as_safetensors = functools.partial(safetensors.torch.save_file, metadata=metadata)
+    save = {".pt": torch.save, ".gguf": save_gguf}.get(path.suffix, as_safetensors)
     save(MODELS[name](), partial)
     partial.rename(path)
     print(f"{path.name}: {path.stat().st_size / 2**20:.1f} MB", flush=True)

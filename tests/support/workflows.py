@@ -97,6 +97,13 @@ def video(model: str, vae: str, *, seed: int = 1, prefix: str = "out") -> Workfl
     return flow
 
 
+def ltx_video(model: str, *, prefix: str = "out") -> Workflow:
+    """An LTX-like model on nine frames."""
+    flow = text_to_latent(model, prefix=prefix)
+    flow["empty"] = node("EmptyLTXVLatentVideo", width=96, height=64, length=9, batch_size=1)
+    return flow
+
+
 def tiled_vae(vae: str, *, width: int = 192, height: int = 128, frames: int = 1, seed: int = 1, tile: int = 64,
               prefix: str = "out") -> Workflow:
     """Noise through a VAE in tiles: encoded, decoded, and encoded again. Nothing clips the first latent (`prefix`)."""

@@ -180,8 +180,8 @@ class FakeWeights:
 class Scene:
     """The policy in a chain, and a host that places what it is asked to."""
 
-    def __init__(self, tools: Tools) -> None:
-        self.policy = policy(tools)
+    def __init__(self, tools: Tools, **settings: Any) -> None:
+        self.policy = policy(tools, **settings)
         self.chain = PolicyChain([self.policy])
         self.placed: list[float | None] = []
 
@@ -288,6 +288,16 @@ class TestSteps:
         remote = Remote()
         scene.place(remote)
         assert scene.policy.decide(self.step(remote, count)) is None
+
+    @pytest.mark.parametrize(("workers", "settings", "apart"), [
+        (2, {}, True), (3, {}, False), (3, {"tokens": False}, False), (3, {"tokens": False, "heads": False}, True),
+        (2, {"rows": False}, False)])
+    def test_nobody_is_idle(self, tools: Tools, ring: Ring, workers: int, settings: dict[str, bool], apart: bool) -> None:
+        """Where workers outnumber conditionings all of them compute each, if they may; so where rows stay together."""
+        scene = Scene(tools, workers=(WorkerSettings("cpu"),) * workers, **settings)
+        remote = Remote()
+        scene.place(remote)
+        assert (scene.policy.decide(self.step(remote, 2)) is not None) is apart
 
     def test_a_model_that_is_not_packed_is_the_hosts(self, scene: Scene) -> None:
         """And so is what is no diffusion model."""
