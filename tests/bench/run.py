@@ -21,7 +21,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 from conftest import COMFYUI, TREES  # noqa: E402
-from support import workflows  # noqa: E402
+from support import loading, workflows  # noqa: E402
 from support.fixtures import build_simulated_npu, make_models, no_simulated_npu  # noqa: E402
 from support.server import Server  # noqa: E402
 from table import ratio, show  # noqa: E402
@@ -245,6 +245,15 @@ def tiles() -> None:
     tiling.run(pair, min(os.cpu_count() or 1, 2))
 
 
+def tokens() -> None:
+    """The tokens of a step, shared among workers that Ray starts."""
+    import token_sharing
+
+    make_models(COMFYUI, MODELS, ("diffusion_models/middle_fp32", "text_encoders/clip_l"))
+    loading.load()
+    token_sharing.run(pair)
+
+
 def hook() -> None:
     """One intercepted call, on a function that does nothing."""
     from hook_cost import microseconds
@@ -254,7 +263,8 @@ def hook() -> None:
 
 BENCHES: dict[str, Callable[[], None]] = {
     "hook": hook, "load": load, "overhead": overhead, "swap": swap, "partial": partial, "split": split, "fit": fit,
-    "switch": switch, "start": start, "shard": shard, "tiles": tiles, "gguf": gguf, "gpu": gpu, "faults": faults}
+    "switch": switch, "start": start, "shard": shard, "tiles": tiles, "tokens": tokens, "gguf": gguf, "gpu": gpu,
+    "faults": faults}
 LEFT_OUT = {"faults"} if torch.cuda.is_available() else {"faults", "gpu"}  # an hour; a card
 
 if __name__ == "__main__":
