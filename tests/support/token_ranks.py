@@ -8,22 +8,26 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from residency.policies.ray_shard.worker import attention
 from residency.policies.ray_shard.worker.families import family
 from residency.policies.ray_shard.worker.group import Group
+from residency.policies.ray_shard.worker.pace import Pace
 from residency.policies.ray_shard.worker.tokens import TokenParallel
 
 from support.flows import CASES
 
-# By name: how many ranks, and their shares.
-WAYS: dict[str, tuple[int, list[float]]] = {
-    "two": (2, [1, 1]),
-    "three": (3, [1, 1, 1]),
-    "four": (4, [1, 1, 1, 1]),
-    "two, unequal": (2, [0.7, 0.3]),
+# By name: how many ranks, their shares, and in how many lots an attention's heads are exchanged.
+WAYS: dict[str, tuple[int, list[float], int]] = {
+    "two": (2, [1, 1], 1),
+    "three": (3, [1, 1, 1], 1),
+    "four": (4, [1, 1, 1, 1], 1),
+    "two, unequal": (2, [0.7, 0.3], 1),
+    "three, in lots": (3, [1, 1, 1], 2),
 }
 LONELY = "ranks that see their own tokens only"
 
@@ -36,11 +40,11 @@ class Lonely(TokenParallel):
         return func(q, k, v, heads, mask=mask if self.spread is None else None, **kwargs)
 
 
-def compare(rank: int, group: Group, shares: list[float], kind: type[TokenParallel], alone: dict[str, torch.Tensor]) -> Any:
+def compare(group: Group, make: Callable[[], TokenParallel], alone: dict[str, torch.Tensor]) -> dict[str, Any]:
     """By case. All ranks have the result, and so find the same error."""
     results = {}
     for name, case in CASES.items():
-        model, tokens = case.model(), kind(group, shares)
+        model, tokens = case.model(), make()
         flow = family(model)
         assert flow is not None, f"{type(model)} has no family"
         before = group.collectives, group.sent
@@ -60,9 +64,10 @@ def main() -> None:
     results = {}
     with torch.inference_mode():
         alone = {name: case.call(case.model(), {}) for name, case in CASES.items()}
-        for (way, (world, shares)), port in zip({**WAYS, LONELY: WAYS["two"]}.items(), ports, strict=True):
+        for (way, (world, shares, lots)), port in zip({**WAYS, LONELY: WAYS["two"]}.items(), ports, strict=True):
             if rank < world:
                 group = Group(rank, world, f"127.0.0.1:{port}")
-                results[way] = compare(rank, group, shares, Lonely if way == LONELY else TokenParallel, alone)
+                kind = Lonely if way == LONELY else TokenParallel
+                results[way] = compare(group, partial(kind, group, shares, Pace(group, lots)), alone)
                 group.close()
     print(json.dumps(results))

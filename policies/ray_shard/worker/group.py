@@ -14,7 +14,7 @@ import datetime
 import math
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -34,7 +34,8 @@ class Exchange(Protocol):
 
     def gather(self, tensor: torch.Tensor, dim: int, sizes: Sequence[int]) -> torch.Tensor: ...
 
-    def all_to_all(self, parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]: ...
+    def all_to_all(self, parts: Sequence[torch.Tensor],
+                   shapes: Sequence[Sequence[int]]) -> Callable[[], list[torch.Tensor]]: ...
 
 
 class PeerLost(RuntimeError):
@@ -119,8 +120,8 @@ class Group:
         self._wait([carrier.broadcast([_as_bytes(part)], _from(rank)) for rank, part in enumerate(parts) if part.numel()])
         return (torch.cat(parts, dim) if whole is None else whole).to(tensor.device)
 
-    def all_to_all(self, parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        """What every rank has for this one, in the order of ranks.
+    def all_to_all(self, parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]) -> Callable[[], list[torch.Tensor]]:
+        """Begins to exchange; what is returned waits, and has what every rank has for this one, in the order of ranks.
 
         Args:
             parts: for rank r, `parts[r]`. All of one dtype, which is that of the result.
@@ -128,7 +129,7 @@ class Group:
 
         Raises:
             ValueError: not one part and one shape for each rank.
-            PeerLost: another rank did not take part.
+            PeerLost: another rank did not take part; here or while it is waited for.
         """
         if not len(parts) == len(shapes) == self.world:
             raise ValueError(f"{len(parts)} parts and {len(shapes)} shapes for {self.world} ranks")
@@ -137,9 +138,15 @@ class Group:
         sizes = [math.prod(shape) * parts[0].element_size() for shape in shapes]
         received = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
         self._count(sum(part.nbytes for rank, part in enumerate(out) if rank != self.rank))
-        self._wait([carrier.alltoall_base(received, torch.cat(out), sizes, [part.numel() for part in out])])
-        return [part.view(parts[0].dtype).view(*shape).to(parts[0].device)
-                for part, shape in zip(torch.split(received, sizes), shapes, strict=True)]
+        work = carrier.alltoall_base(received, torch.cat(out), sizes, [part.numel() for part in out])
+        dtype, where = parts[0].dtype, parts[0].device
+
+        def arrived() -> list[torch.Tensor]:
+            self._wait([work])
+            return [part.view(dtype).view(*shape).to(where)
+                    for part, shape in zip(torch.split(received, sizes), shapes, strict=True)]
+
+        return arrived
 
     def close(self) -> None:
         """Lets go of the connections, whatever is still under way. The others find out at their next exchange."""

@@ -15,6 +15,7 @@ from ..memo import Received
 from ..parcels import Parcel, pack, unpack
 from ..tiles import as_it_lay
 from .group import Group, PeerLost, open_port
+from .pace import Pace
 from .sharing import TOGETHER, sharing
 from .start import become, end_with
 from .tokens import Unsuited
@@ -44,6 +45,7 @@ class Program:
         self._received = Received()
         self._group: Group | None = None
         self._shares: Sequence[float] = ()
+        self._pace: Pace | None = None
 
     def about(self) -> dict[str, Any]:
         """Where it runs, and what memory it has: bytes free on its device, bytes of RAM: its own, and its part of all."""
@@ -119,10 +121,10 @@ class Program:
 
     def _shared(self, way: str, model: Any, arguments: dict[str, Any]) -> tuple[torch.Tensor, int]:
         """(the prediction, calls of attention that were shared)."""
-        if self._group is None:
+        if self._group is None or self._pace is None:
             raise PeerLost("the workers have not met")
         try:
-            with sharing(way, model.diffusion_model, arguments, self._group, self._shares) as parallel, \
+            with sharing(way, model.diffusion_model, arguments, self._group, self._shares, self._pace) as parallel, \
                     self._attention.sharing(parallel):
                 return model.predict(arguments), parallel.shared
         except Unsuited:  # all workers find it alike
@@ -144,7 +146,7 @@ class Program:
         """
         self._leave()
         self._group = Group(rank, len(shares), address, device=self._device, timeout=timeout)
-        self._shares = shares
+        self._shares, self._pace = shares, Pace(self._group)
         if test:
             mine = torch.full((1, 3), float(rank), device=self._device)
             met = self._group.gather(mine, 0, [1] * len(shares))

@@ -8,6 +8,7 @@ from typing import Any
 from .families import family
 from .group import Exchange
 from .heads import HeadParallel
+from .pace import Pace
 from .tokens import TokenParallel, Unsuited
 
 HEADS, TOKENS = "heads", "tokens"
@@ -18,7 +19,7 @@ _OVERRIDE = "optimized_attention_override"
 
 @contextlib.contextmanager
 def sharing(way: str, model: Any, arguments: dict[str, Any], group: Exchange,
-            shares: Sequence[float]) -> Iterator[HeadParallel | TokenParallel]:
+            shares: Sequence[float], pace: Pace) -> Iterator[HeadParallel | TokenParallel]:
     """Attention of a diffusion model is shared in this way until the end of the `with`.
 
     Args:
@@ -31,7 +32,7 @@ def sharing(way: str, model: Any, arguments: dict[str, Any], group: Exchange,
     with contextlib.ExitStack() as stack:
         parallel: HeadParallel | TokenParallel
         if way == TOKENS:
-            parallel = TokenParallel(group, shares)
+            parallel = TokenParallel(group, shares, pace)
             stack.enter_context(_flow(model, options)(model, parallel))
         else:
             parallel = HeadParallel(group, shares)

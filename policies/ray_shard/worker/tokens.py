@@ -21,6 +21,7 @@ import torch
 from .group import Exchange
 from .heads import Attention, split
 from .layout import Layout
+from .pace import Pace
 
 
 class Unsuited(Exception):
@@ -32,6 +33,7 @@ class TokenParallel:
 
     Args:
         shares: of tokens and heads, one for each rank, in any unit; equal if left out.
+        pace: in how many lots an attention's heads are exchanged.
 
     Attributes:
         rank: this process's.
@@ -40,9 +42,10 @@ class TokenParallel:
         mask: of all tokens, for attentions that are given none, because the model would make it of its own tokens only.
     """
 
-    def __init__(self, group: Exchange, shares: Sequence[float] | None = None) -> None:
+    def __init__(self, group: Exchange, shares: Sequence[float] | None = None, pace: Pace | None = None) -> None:
         self._shares = [1.0] * group.world if shares is None else [float(share) for share in shares]
         self._group = group
+        self._pace = pace or Pace(group)
         self.rank = group.rank
         self._layout: Layout | None = None
         self._inside = False
@@ -117,7 +120,8 @@ class TokenParallel:
             return func(q, k, v, heads, mask=mask, skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape, **kwargs)
         if not skip_reshape:
             q, k, v = (_by_head(tensor, q.shape[-1] // heads) for tensor in (q, k, v))
-        out = self._exchanged(func, self._layout, (q, k, v), heads, mask, kwargs)
+        with self._pace.timed(self._layout.total, q):
+            out = self._exchanged(func, self._layout, (q, k, v), heads, mask, kwargs)
         self.shared += 1
         return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
 
@@ -127,25 +131,37 @@ class TokenParallel:
         mine = layout.lengths[self.rank]
         if any(tensor.shape[2] != mine for tensor in qkv) or qkv[0].shape[1] != heads:
             raise Unsuited(f"an attention of {[tuple(tensor.shape) for tensor in qkv]} has not {mine} tokens of {heads} heads")
-        counts, qkv = self._heads_for(qkv)
-        whole = self._to_heads(layout, qkv, counts)
-        mask = self.mask if mask is None else mask
-        out = self._own(func, whole, _of_heads(mask, heads, counts[0], self.rank), kwargs)
-        parts = [layout.take(out, other, 2).contiguous() for other in range(self._group.world)]
-        shapes = [(out.shape[0], count, mine, out.shape[-1]) for count in counts[0]]
-        return torch.cat(self._group.all_to_all(parts, shapes), 1)
+        qkv = self._grouped(qkv)
+        mask, each = self.mask if mask is None else mask, heads // qkv[1].shape[1]
+        lots = _lots(split(qkv[1].shape[1], self._shares), self._pace.lots)
+        started = [self._to_heads(layout, qkv, lot) for lot in lots]
+        returned = []
+        for lot, arrived in zip(lots, started, strict=True):
+            own = range(lot[self.rank].start * each, lot[self.rank].stop * each)
+            out = self._own(func, arrived(), _of_heads(mask, heads, own), kwargs)
+            parts = [layout.take(out, other, 2).contiguous() for other in range(self._group.world)]
+            shapes = [(out.shape[0], len(theirs) * each, mine, out.shape[-1]) for theirs in lot]
+            returned.append(self._group.all_to_all(parts, shapes))
+        return torch.cat([part for of_rank in zip(*(back() for back in returned), strict=True) for part in of_rank], 1)
 
-    def _to_heads(self, layout: Layout, qkv: tuple[torch.Tensor, ...], counts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        """(batch, this rank's heads, all tokens, dim) of each of the three; one exchange."""
-        by_tensor = [torch.split(tensor, list(each), 1) for tensor, each in zip(qkv, counts, strict=True)]
-        parts = [torch.cat([one.flatten() for one in three]) for three in zip(*by_tensor, strict=True)]
-        shapes = [[(tensor.shape[0], each[self.rank], length, tensor.shape[-1])
-                   for tensor, each in zip(qkv, counts, strict=True)] for length in layout.lengths]
+    def _to_heads(self, layout: Layout, qkv: tuple[torch.Tensor, ...],
+                  lot: Sequence[range]) -> Callable[[], list[torch.Tensor]]:
+        """Begins an exchange; what is returned waits, and has (batch, heads, all tokens, dim) of each of the three, of those
+        heads of keys that are this rank's in the lot."""
+        each = [tensor.shape[1] // qkv[1].shape[1] for tensor in qkv]
+        parts = [torch.cat([tensor[:, heads.start * many:heads.stop * many].flatten()
+                            for tensor, many in zip(qkv, each, strict=True)]) for heads in lot]
+        shapes = [[(tensor.shape[0], len(lot[self.rank]) * many, length, tensor.shape[-1])
+                   for tensor, many in zip(qkv, each, strict=True)] for length in layout.lengths]
         sizes = [[math.prod(shape) for shape in three] for three in shapes]
         received = self._group.all_to_all(parts, [[sum(three)] for three in sizes])
-        pieces = [[piece.view(shape) for piece, shape in zip(torch.split(part, size), three, strict=True)]
-                  for part, size, three in zip(received, sizes, shapes, strict=True)]
-        return [layout.join(of_ranks, 2) for of_ranks in zip(*pieces, strict=True)]
+
+        def arrived() -> list[torch.Tensor]:
+            pieces = [[piece.view(shape) for piece, shape in zip(torch.split(part, size), three, strict=True)]
+                      for part, size, three in zip(received(), sizes, shapes, strict=True)]
+            return [layout.join(of_ranks, 2) for of_ranks in zip(*pieces, strict=True)]
+
+        return arrived
 
     def _own(self, func: Attention, whole: list[torch.Tensor], mask: torch.Tensor | None,
              kwargs: dict[str, Any]) -> torch.Tensor:
@@ -160,17 +176,15 @@ class TokenParallel:
         finally:
             self._inside = False
 
-    def _heads_for(self, qkv: tuple[torch.Tensor, ...]) -> tuple[list[list[int]], tuple[torch.Tensor, ...]]:
-        """(heads of queries, keys and values for each rank; all three). Queries stay with the keys that their group shares;
-        keys are repeated where there are not enough for the ranks."""
+    def _grouped(self, qkv: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Queries stay with the keys that their group shares; keys are repeated where there are not enough for the ranks."""
         q, k, v = qkv
         group, rest = divmod(q.shape[1], k.shape[1])
         if rest or k.shape[1] != v.shape[1]:
             raise Unsuited(f"{q.shape[1]} heads of queries have {k.shape[1]} of keys and {v.shape[1]} of values")
         if group > 1 and k.shape[1] < self._group.world:
-            k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
-        counts = split(k.shape[1], self._shares)
-        return [[count * group for count in counts], counts, counts], (q, k, v)
+            k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        return q, k, v
 
 
 def _by_head(tensor: torch.Tensor, dim: int) -> torch.Tensor:
@@ -178,11 +192,18 @@ def _by_head(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     return (tensor if tensor.ndim == 4 else tensor.view(*tensor.shape[:-1], -1, dim)).transpose(1, 2)
 
 
-def _of_heads(mask: torch.Tensor | None, heads: int, counts: Sequence[int], rank: int) -> torch.Tensor | None:
-    """A rank's part of a mask that has heads; any other is for all of them."""
+def _lots(counts: Sequence[int], many: int) -> list[list[range]]:
+    """For each lot, which heads are whose."""
+    starts = list(accumulate(counts, initial=0))
+    by_rank = [[range(start + one, start + other) for one, other in pairwise(accumulate(split(count, [1.0] * many), initial=0))]
+               for start, count in zip(starts, counts, strict=False)]
+    return [list(lot) for lot in zip(*by_rank, strict=True)]
+
+
+def _of_heads(mask: torch.Tensor | None, heads: int, own: range) -> torch.Tensor | None:
+    """Some heads of a mask that has heads; any other is for all of them."""
     if mask is None or mask.ndim < 4 or mask.shape[1] == 1:
         return mask
     if mask.shape[1] != heads:
         raise Unsuited(f"a mask of {tuple(mask.shape)} is not of {heads} heads")
-    start, stop = list(pairwise(accumulate(counts, initial=0)))[rank]
-    return mask[:, start:stop]
+    return mask[:, own.start:own.stop]

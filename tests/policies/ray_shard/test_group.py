@@ -61,7 +61,7 @@ def test_ranks_exchange_parts() -> None:
 
     def work(group: Group) -> tuple[list[torch.Tensor], int, int]:
         received = group.all_to_all([part(group.rank, target) for target in range(3)],
-                                    [(source, group.rank + 1) for source in range(3)])
+                                    [(source, group.rank + 1) for source in range(3)])()
         return received, group.collectives, group.sent
 
     for rank, (received, collectives, sent) in enumerate(everywhere(3, work)):

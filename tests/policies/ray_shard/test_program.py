@@ -29,7 +29,7 @@ class Worker:
     def __init__(self) -> None:
         self.program = object.__new__(Program)
         vars(self.program).update(_management=comfy.model_management, _attention=attention, _device=CPU,
-                                  _models=Models(CPU, CPU), _received=Received(), _group=None, _shares=())
+                                  _models=Models(CPU, CPU), _received=Received(), _group=None, _shares=(), _pace=None)
         self.sent = Sent()
         self.patcher = tiny.patcher()
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from residency.policies.ray_shard.worker.pace import Pace
 from residency.policies.ray_shard.worker.sharing import TOKENS, sharing
 from residency.policies.ray_shard.worker.tokens import Unsuited
 from support.families import FAMILIES
@@ -23,7 +24,7 @@ class Alone:
 
 def shared(model: torch.nn.Module, options: dict[str, Any]) -> torch.Tensor:
     arguments: dict[str, Any] = {"transformer_options": options}
-    with sharing(TOKENS, model, arguments, Alone(), [1.0]):  # type: ignore[arg-type]
+    with sharing(TOKENS, model, arguments, Alone(), [1.0], Pace(Alone())):  # type: ignore[arg-type]
         return FLUX.call(model, arguments["transformer_options"])
 
 
