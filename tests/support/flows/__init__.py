@@ -3,6 +3,8 @@ from __future__ import annotations
 
 from support.families import Family
 
-from . import flux, qwen, wan
+from . import chroma, flux, qwen, wan
 
-CASES: dict[str, Family] = {**flux.CASES, **qwen.CASES, **wan.CASES}
+CASES: dict[str, Family] = {
+    case: family for module in (chroma, flux, qwen, wan)
+    for case, family in module.CASES.items()}

@@ -10,13 +10,15 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from ..tokens import TokenParallel
-from .flux import flux
+from .flux import flux, radiance
 from .qwen import qwen
 from .wan import wan
 
 Family = Callable[[Any, TokenParallel], AbstractContextManager[None]]
 
 FAMILIES: dict[tuple[str, str], Family] = {
+    ("comfy.ldm.chroma.model", "Chroma"): flux,
+    ("comfy.ldm.chroma_radiance.model", "ChromaRadiance"): radiance,
     ("comfy.ldm.flux.model", "Flux"): flux,
     ("comfy.ldm.qwen_image.model", "QwenImageTransformer2DModel"): qwen,
     ("comfy.ldm.wan.model", "WanModel"): wan,

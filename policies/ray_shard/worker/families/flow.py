@@ -5,6 +5,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -123,6 +124,7 @@ class Spread:
         segments = alone if self._segments is None else self._segments(arguments)
         self._taken.clear()
         self.layouts = {name: self.tokens.layout(*segments[name]) for name in self._streams}
+        enough(*self.layouts.values())
         joint = self.layouts[self._streams[0]]
         for name in self._streams[1:]:
             joint += self.layouts[name]
@@ -163,3 +165,39 @@ class Residuals(list[Any]):
     def __getitem__(self, place: Any) -> Any:
         found = super().__getitem__(place)
         return found if found is None or self._tokens.spread is None else self._tokens.take(found, self._layout())
+
+
+def here(slices: Sequence[Sequence[int]], layout: Layout, rank: int) -> list[list[int]]:
+    """Slices of the whole, which begin and end with segments, among a rank's tokens.
+
+    Raises:
+        Unsuited: one does not.
+    """
+    ends = list(accumulate(layout.segments, initial=0))
+    local = [0, *(piece.stop for piece in layout.local(rank))]
+    try:
+        return [[local[ends.index(start)], local[ends.index(stop)]] for start, stop in slices]
+    except ValueError:
+        raise Unsuited(f"tokens {list(slices)} are not whole segments of {layout.segments}") from None
+
+
+def enough(*layouts: Layout) -> None:
+    """Every rank has some tokens of each stream: models make shapes of their numbers, which none may be for.
+
+    Raises:
+        Unsuited: one has not.
+    """
+    for layout in layouts:
+        if not all(layout.lengths):
+            raise Unsuited(f"{layout.total} tokens are not enough for all workers")
+
+
+def refuse(arguments: Arguments, *names: str) -> None:
+    """Patches that want to see all tokens where a rank has its own only.
+
+    Raises:
+        Unsuited: there are such.
+    """
+    patches = arguments["transformer_options"].get("patches", {})
+    if found := [name for name in names if patches.get(name)]:
+        raise Unsuited(f"there are patches that look at tokens: {', '.join(found)}")
