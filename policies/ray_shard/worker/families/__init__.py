@@ -11,6 +11,7 @@ from typing import Any
 
 from ..tokens import TokenParallel
 from .flux import flux, radiance
+from .lumina import lumina
 from .qwen import qwen
 from .wan import wan
 
@@ -20,6 +21,8 @@ FAMILIES: dict[tuple[str, str], Family] = {
     ("comfy.ldm.chroma.model", "Chroma"): flux,
     ("comfy.ldm.chroma_radiance.model", "ChromaRadiance"): radiance,
     ("comfy.ldm.flux.model", "Flux"): flux,
+    ("comfy.ldm.lumina.model", "NextDiT"): lumina,
+    ("comfy.ldm.lumina.model", "NextDiTPixelSpace"): lumina,
     ("comfy.ldm.qwen_image.model", "QwenImageTransformer2DModel"): qwen,
     ("comfy.ldm.wan.model", "WanModel"): wan,
 }
