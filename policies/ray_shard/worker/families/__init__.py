@@ -13,6 +13,7 @@ from ..tokens import TokenParallel
 from .flux import flux, radiance
 from .lumina import lumina
 from .qwen import qwen
+from .sd3 import sd3
 from .wan import wan
 
 Family = Callable[[Any, TokenParallel], AbstractContextManager[None]]
@@ -23,6 +24,8 @@ FAMILIES: dict[tuple[str, str], Family] = {
     ("comfy.ldm.flux.model", "Flux"): flux,
     ("comfy.ldm.lumina.model", "NextDiT"): lumina,
     ("comfy.ldm.lumina.model", "NextDiTPixelSpace"): lumina,
+    ("comfy.ldm.modules.diffusionmodules.mmdit", "MMDiT"): sd3,
+    ("comfy.ldm.modules.diffusionmodules.mmdit", "OpenAISignatureMMDITWrapper"): sd3,
     ("comfy.ldm.qwen_image.model", "QwenImageTransformer2DModel"): qwen,
     ("comfy.ldm.wan.model", "WanModel"): wan,
 }
