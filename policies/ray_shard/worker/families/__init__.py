@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from ..tokens import TokenParallel
+from .cosmos import cosmos
 from .flux import flux, radiance
 from .lumina import lumina
 from .qwen import qwen
@@ -19,8 +20,10 @@ from .wan import wan
 Family = Callable[[Any, TokenParallel], AbstractContextManager[None]]
 
 FAMILIES: dict[tuple[str, str], Family] = {
+    ("comfy.ldm.anima.model", "Anima"): cosmos,
     ("comfy.ldm.chroma.model", "Chroma"): flux,
     ("comfy.ldm.chroma_radiance.model", "ChromaRadiance"): radiance,
+    ("comfy.ldm.cosmos.predict2", "MiniTrainDIT"): cosmos,
     ("comfy.ldm.flux.model", "Flux"): flux,
     ("comfy.ldm.lumina.model", "NextDiT"): lumina,
     ("comfy.ldm.lumina.model", "NextDiTPixelSpace"): lumina,
