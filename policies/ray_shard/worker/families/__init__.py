@@ -12,6 +12,7 @@ from typing import Any
 from ..tokens import TokenParallel
 from .cosmos import cosmos
 from .flux import flux, radiance
+from .hidream import hidream
 from .kandinsky import kandinsky
 from .lumina import lumina
 from .qwen import qwen
@@ -26,6 +27,7 @@ FAMILIES: dict[tuple[str, str], Family] = {
     ("comfy.ldm.chroma_radiance.model", "ChromaRadiance"): radiance,
     ("comfy.ldm.cosmos.predict2", "MiniTrainDIT"): cosmos,
     ("comfy.ldm.flux.model", "Flux"): flux,
+    ("comfy.ldm.hidream.model", "HiDreamImageTransformer2DModel"): hidream,
     ("comfy.ldm.kandinsky5.model", "Kandinsky5"): kandinsky,
     ("comfy.ldm.lumina.model", "NextDiT"): lumina,
     ("comfy.ldm.lumina.model", "NextDiTPixelSpace"): lumina,
