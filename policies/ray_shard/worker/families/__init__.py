@@ -15,6 +15,7 @@ from .flux import flux, radiance
 from .hidream import hidream
 from .kandinsky import kandinsky
 from .lumina import lumina
+from .minimax import minimax
 from .qwen import qwen
 from .sd3 import sd3
 from .wan import wan
@@ -31,6 +32,7 @@ FAMILIES: dict[tuple[str, str], Family] = {
     ("comfy.ldm.kandinsky5.model", "Kandinsky5"): kandinsky,
     ("comfy.ldm.lumina.model", "NextDiT"): lumina,
     ("comfy.ldm.lumina.model", "NextDiTPixelSpace"): lumina,
+    ("comfy.ldm.minimax.model", "MiniMaxH3Model"): minimax,
     ("comfy.ldm.modules.diffusionmodules.mmdit", "MMDiT"): sd3,
     ("comfy.ldm.modules.diffusionmodules.mmdit", "OpenAISignatureMMDITWrapper"): sd3,
     ("comfy.ldm.qwen_image.model", "QwenImageTransformer2DModel"): qwen,
