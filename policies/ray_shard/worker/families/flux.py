@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+from ..layout import Layout
 from ..tokens import TokenParallel
 from .flow import Arguments, Residuals, enough, here, instead
 
@@ -21,12 +22,35 @@ def flux(model: Any, tokens: TokenParallel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def radiance(model: Any, tokens: TokenParallel) -> Iterator[None]:
-    """As Flux, but that an image's pixels become tokens in `img_in`. Gathered before the layers that make pixels of them."""
+    """As Flux, but that an image's pixels become tokens in `img_in`. The layers that make pixels of tokens are given all, one
+    after the other or some at a time, and a rank does its part of these."""
+    part: Layout | None = None
+
     def embedded(forward: Callable[[], Any], _: Arguments) -> Any:
         made = forward()
         return tokens.take(made, tokens.layout(made.shape[1]))
 
-    with instead(model, "forward_orig", partial(_spread, tokens, NAMES[1:]), NAMES), instead(model, "img_in", embedded):
+    def pixels(forward: Callable[[], Any], arguments: Arguments) -> Any:
+        nonlocal part
+        part = tokens.layout(arguments["inputs"].shape[0])
+        if not all(part.lengths):  # the last few are whole
+            part = None
+        else:
+            arguments["inputs"] = tokens.take(arguments["inputs"], part, 0)
+        return forward()
+
+    def drawn(last: bool, forward: Callable[[], Any], arguments: Arguments) -> Any:
+        if part is None:
+            return forward()
+        arguments["s"] = tokens.take(arguments["s"], part, 0)
+        return tokens.gather(forward(), part, 0) if last else forward()
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(instead(model, "forward_orig", partial(_spread, tokens, NAMES[1:]), NAMES))
+        stack.enter_context(instead(model, "img_in", embedded))
+        stack.enter_context(instead(model.nerf_image_embedder, "forward", pixels, ["inputs"]))
+        for block in model.nerf_blocks:
+            stack.enter_context(instead(block, "forward", partial(drawn, block is model.nerf_blocks[-1]), ["s"]))
         yield
 
 
