@@ -18,8 +18,8 @@ from .host import Host
 from .memory import Ledger, Limits
 from .policy import Policy, Unfit
 
-_VOCABULARY = frozenset({"chain", "computing", "files", "host", "memory", "models", "policy", "requests", "sampling",
-                         "weights"})
+_VOCABULARY = frozenset({"chain", "chunking", "computing", "files", "host", "memory", "models", "policy", "requests",
+                         "sampling", "weights"})
 
 
 @dataclass(frozen=True)

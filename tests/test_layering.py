@@ -12,7 +12,7 @@ import pytest
 from support.loading import ROOT
 
 # What policies share; `chain` is apart, only the composition root sees it.
-VOCABULARY = {"", "computing", "files", "host", "memory", "models", "policy", "requests", "sampling", "weights"}
+VOCABULARY = {"", "chunking", "computing", "files", "host", "memory", "models", "policy", "requests", "sampling", "weights"}
 # Everything else in `policies/` is a policy: its name, and the packages that it alone may import.
 POLICIES: dict[str, set[str]] = {"hybrid_split": set(), "preload_cache": set(), "ray_shard": {"ray"}, "zero_copy": set()}
 HOST = {"comfy", "comfy_kitchen", "comfy_aimdo", "comfy_api", "comfy_execution", "comfyui_version", "execution", "folder_paths",
