@@ -150,6 +150,8 @@ def test_refuses_a_wrong_type(tmp_path: Path, text: str, expected: str) -> None:
     ("[memory]\nram_gb = nan", ": 'memory.ram_gb' must be \"auto\" or a number of gigabytes of at most 1000000000000, not nan"),
     ("[telemetry]\nkeep = 0x1_000_000_000_000", ": 'telemetry.keep' must be a whole number of at most 1000000000000, "
      "not 281474976710656"),
+    *((f"[{policy}]\nffn_chunks = {number}", f": '{policy}.ffn_chunks' must be a whole number from 1 to 64, not {number}")
+      for policy in ("hybrid_split", "ray_shard") for number in (0, 65, -2)),
 ])
 def test_refuses_a_number_out_of_range(tmp_path: Path, text: str, expected: str) -> None:
     """TOML has infinity, which no budget can be, and not-a-number, which compares with nothing."""

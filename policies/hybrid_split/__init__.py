@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..chunking import Chunking, Ineffective
 from ..policy import Decision, Effect, Policy, Proceed
 from ..requests import FreeMemory, LoadModel, MoveWeights, PinMemory, PinWeight, PlaceModel, PlaceModels, Request
+from ..sampling import Predict
 from .choosing import Chooser
 from .donors import Donors
 from .headroom import Headroom
@@ -47,6 +49,9 @@ class HybridSplit(Policy):
         if settings.rules or settings.devices:
             self._rules |= {LoadModel: chooser.load, MoveWeights: self._splitter.move,
                             PlaceModels: self._splitter.place_models, FreeMemory: self._free}
+        if settings.ffn_chunks > 1:
+            self._chunking, self._ineffective = Chunking(settings.ffn_chunks), Ineffective(NAME)
+            self._rules[Predict] = self._predict
         self.answers = frozenset(self._rules)
 
     def decide(self, request: Request) -> Decision | None:
@@ -81,6 +86,16 @@ class HybridSplit(Policy):
         amended = self._splitter.spared(request)
         leave = self._donors.free(amended)
         return Decision(leave.reason, lambda proceed: leave.act(lambda asked=None: proceed(amended)))
+
+    def _predict(self, request: Predict) -> Decision:
+        """What is computed in this process, in pieces; who has it computed elsewhere comes before us."""
+        def act(proceed: Proceed) -> Any:
+            with self._chunking.during(request.remote.module) as tally:
+                answer = proceed()
+            self._ineffective.tell(request.weights.name, tally.ineffective())
+            return answer
+
+        return Decision("", act)
 
     def _pin(self, request: PinWeight) -> Decision:
         def act(proceed: Proceed) -> Any:

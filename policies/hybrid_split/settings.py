@@ -4,6 +4,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ... import settings as settings_module
+from .. import chunking
 from .allocation import Allocation
 
 COMPONENTS = ("diffusion_model", "text_encoder", "vae")
@@ -46,4 +47,5 @@ class Settings:
     skip_clip: bool = False
     devices: str = field(default="", metadata=_DEVICES)
     rescue: bool = True
+    ffn_chunks: int = field(default=1, metadata=chunking.SETTING)
     rules: tuple[Rule, ...] = ()

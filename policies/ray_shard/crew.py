@@ -185,7 +185,7 @@ class Crew:
             environment, device = cluster.environment(worker.device)
             named = {"name": f"worker-{worker.rank}", "lifetime": "detached", "get_if_exists": True}
             worker.handle = made.options(**named if self._settings.detached else {}).remote(dict(environment))
-            options = {"device": device, "orphan": self._settings.detached}
+            options = {"device": device, "orphan": self._settings.detached, "ffn_chunks": self._settings.ffn_chunks}
             starting[worker] = worker.handle.start.remote(twin, options)
         for worker, reference in starting.items():
             worker.about = ray.get(reference, timeout=_START)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ...telemetry import emit
+from ..chunking import Ineffective
 from ..policy import Proceed
 from ..sampling import Predict
 from . import rows
@@ -64,6 +65,7 @@ class Dispatcher:
         self._in_a_row: Counter[str] = Counter()  # failures, by model
         self._sending = threading.Lock()  # branches may share a worker: it gets what it is sent in the order of its naming
         self._here = threading.Lock()  # one branch at a time, and no other model is placed meanwhile
+        self._ineffective = Ineffective("ray_shard")
         self.score = Score()
 
     def act(self, request: Predict, proceed: Proceed) -> Any:
@@ -168,6 +170,7 @@ class Dispatcher:
             worker.about["free_bytes"] = answer["free_bytes"]
         if unsuited := next((answer["unsuited"] for answer in answers if "unsuited" in answer), ""):
             raise Unsuited(unsuited)
+            self._ineffective.tell(type(request.remote.module).__name__, answer.get("whole", ""))
         if any(answer["stateful"] for answer in answers):
             raise Unsuited("a pack keeps a state of its own from step to step, which is here")
         if way.name != ROWS and not any(answer["shared"] for answer in answers):

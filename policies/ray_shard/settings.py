@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .. import chunking
+
 _LOCAL = "local"
 _WORKERS = 'write "auto", a number from 1 to 64, or a list: [{ device = "cuda:0" }, { device = "cuda:1", weight = 0.6 }]'
 
@@ -57,6 +59,7 @@ class Settings:
     heads: bool = True
     tokens: bool = True
     tiles: bool = True
+    ffn_chunks: int = field(default=1, metadata=chunking.SETTING)
     verify: str = field(default="first_step", metadata={"choices": ("off", "first_step", "always")})
     self_test: bool = True
     timeout_seconds: float = field(default=120, metadata={"minimum": 5})

@@ -10,8 +10,11 @@ import comfy.model_patcher
 import comfy.sd
 import torch
 
+from ...chunking import Chunking
 from ...models import ITSELF
 from ..parcels import Parcel, unpack
+
+UNCUT = Chunking(1)
 
 
 class Home:
@@ -48,12 +51,17 @@ class Model:
 
     Args:
         model: as it was built.
+        chunking: of its feed-forwards.
+
+    Attributes:
+        whole: why nothing of the last prediction was run in pieces, where it was to be.
     """
 
-    def __init__(self, model: Any, device: torch.device, offload_device: torch.device) -> None:
+    def __init__(self, model: Any, device: torch.device, offload_device: torch.device, chunking: Chunking = UNCUT) -> None:
         self._model = model
         self._base = comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload_device)
         self._patcher = self._base
+        self._chunking, self.whole = chunking, ""
         self._digest = ""
         self._hooks: Any = None
         self._placed: Any = None  # the patcher whose patches are in the weights now
@@ -91,7 +99,9 @@ class Model:
         if self._placed is not self._patcher:
             self._place(self._model.memory_required([x.shape[0], *x.shape[1:]]))
         # What a subclass does before is done in the host's process.
-        answer: torch.Tensor = comfy.model_base.BaseModel._apply_model(self._model, x, **arguments)
+        with self._chunking.during(self._model) as tally:
+            answer: torch.Tensor = comfy.model_base.BaseModel._apply_model(self._model, x, **arguments)
+        self.whole = tally.ineffective()
         return answer
 
     def _place(self, needed: float) -> None:
@@ -132,8 +142,8 @@ class Model:
 class Vae(Model):
     """The model of a VAE, and a VAE made of the attributes of the host's."""
 
-    def __init__(self, model: Any, device: torch.device, offload_device: torch.device) -> None:
-        super().__init__(model, device, offload_device)
+    def __init__(self, model: Any, device: torch.device, offload_device: torch.device, chunking: Chunking = UNCUT) -> None:
+        super().__init__(model, device, offload_device, chunking)
         self._device = device
         self._vae: Any = None
         self._room = 0.0  # bytes that were kept free for a tile when it was placed
@@ -159,14 +169,14 @@ class Vae(Model):
 class Models:
     """All models of a worker, by the host's keys."""
 
-    def __init__(self, device: torch.device, offload_device: torch.device) -> None:
-        self._device, self._offload_device = device, offload_device
+    def __init__(self, device: torch.device, offload_device: torch.device, chunking: Chunking = UNCUT) -> None:
+        self._device, self._offload_device, self._chunking = device, offload_device, chunking
         self._models: dict[str, Model] = {}
 
     def add(self, key: str, kind: str, parcel: Parcel) -> None:
         """`kind` is `policies.models.Remote.kind`."""
         made = Vae if kind == "vae" else Model
-        self._models[key] = made(unpack(parcel), self._device, self._offload_device)
+        self._models[key] = made(unpack(parcel), self._device, self._offload_device, self._chunking)
 
     def __getitem__(self, key: str) -> Any:
         return self._models[key]

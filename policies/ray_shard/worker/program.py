@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 import torch
 
+from ...chunking import Chunking
 from ...memory import process_memory
 from ..memo import Received
 from ..parcels import Parcel, pack, unpack
@@ -28,9 +29,10 @@ class Program:
         twin: `policies.host.Process.twin`.
         device: that it computes on, as torch calls it in this process.
         orphan: whether it outlives the host.
+        ffn_chunks: the pieces that feed-forwards are run in.
     """
 
-    def __init__(self, twin: Mapping[str, Any], device: str, orphan: bool) -> None:
+    def __init__(self, twin: Mapping[str, Any], device: str, orphan: bool, ffn_chunks: int = 1) -> None:
         become(twin, device)
         if not orphan:
             end_with(*twin["process"])
@@ -41,7 +43,7 @@ class Program:
 
         self._management, self._attention = management, attention
         self._device = management.get_torch_device()
-        self._models = Models(self._device, management.unet_offload_device())
+        self._models = Models(self._device, management.unet_offload_device(), Chunking(ffn_chunks))
         self._received = Received()
         self._group: Group | None = None
         self._shares: Sequence[float] = ()
@@ -95,7 +97,7 @@ class Program:
             stateful = guests and pack(options, files=False).digest() != before
             packed = pack(answer, files=False)
         return {"answer": packed, "seconds": time.perf_counter() - started, "compute_seconds": computed - ready,
-                "free_bytes": self._free(), "shared": shared, "stateful": stateful}
+                "free_bytes": self._free(), "shared": shared, "stateful": stateful, "whole": model.whole}
 
     def tile(self, key: str, digest: str, function: Parcel, parcel: Parcel, room: float) -> dict[str, Any]:
         """One tile of a VAE's work.

@@ -69,7 +69,7 @@ class Handle:
             return lambda: {"unsuited": self.crew.unsuited[way], "free_bytes": 0}
         return lambda: {"answer": pack(self.crew.model(arguments), files=False), "seconds": 0.1, "compute_seconds": 0.05,
                         "free_bytes": 1000 + self.rank, "shared": self.crew.shared if way != ROWS else 0,
-                        "stateful": self.crew.stateful and guests}
+                        "stateful": self.crew.stateful and guests, "whole": self.crew.whole}
 
     def _raise(self, error: Exception) -> Any:
         raise error
@@ -81,7 +81,7 @@ class FakeCrew:
     def __init__(self, count: int, weights: Sequence[float] = ()) -> None:
         self.calls: list[Call] = []
         self.model: Model = double
-        self.shared, self.stateful = 3, False
+        self.shared, self.stateful, self.whole = 3, False, ""
         self.unsuited: dict[str, str] = {}
         self.broken, self.grouped = "", False
         self.error: BaseException | None = None
@@ -299,6 +299,16 @@ class TestWays:
         scene = Scene()
         scene.predict()
         assert [worker.about["free_bytes"] for worker in scene.crew.workers] == [1000, 1001]
+
+    def test_that_nothing_could_be_run_in_pieces_is_said_once(self, ring: Ring) -> None:
+        scene = Scene()
+        scene.predict()
+        assert ring.named("policy.ineffective") == []
+        scene.crew.whole = "it has no feed-forward"
+        scene.predict()
+        scene.predict()
+        told = [(event.fields["policy"], event.fields["reason"]) for event in ring.named("policy.ineffective")]
+        assert told == [("ray_shard", "ffn_chunks: Linear: it has no feed-forward")]
 
 
 class TestDemotion:

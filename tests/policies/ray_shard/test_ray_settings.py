@@ -58,7 +58,7 @@ def test_from_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("line", "words"), [
     ("workers = 0", ["ray_shard.workers", "this is 0"]), ('verify = "sometimes"', ["ray_shard.verify", "first_step"]),
     ("timeout_seconds = 1", ["ray_shard.timeout_seconds", "5"]), ("worker = 2", ["ray_shard.worker", "workers"]),
-    ('rows = "yes"', ["ray_shard.rows"]),
+    ('rows = "yes"', ["ray_shard.rows"]), ("ffn_chunks = 65", ["ray_shard.ffn_chunks", "1 to 64"]),
 ])
 def test_an_error_names_file_and_key(tmp_path: Path, line: str, words: list[str]) -> None:
     """And the cure."""

@@ -24,6 +24,7 @@ from support import tiny
 pytest.importorskip("ray")
 
 from residency.hooks.remote import RemoteModel
+from residency.policies.chunking import Chunking, run
 from residency.policies.ray_shard import packing
 from residency.policies.ray_shard.parcels import Parcel, pack
 from residency.policies.ray_shard.worker.models import Model, Models
@@ -204,6 +205,48 @@ class TestPredicting:
         model.must_have("digest")
         with pytest.raises(KeyError, match="digest"):
             model.must_have("other")
+
+
+class TestFeedForwardsInPieces:
+    """Each of its calls is cut at the fewest tokens; the U-Net has sixteen and four, in two rows."""
+
+    @pytest.fixture(autouse=True)
+    def short(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(run, "LEAST", 2)
+        monkeypatch.setattr(run, "_SAMPLE", 2)
+
+    def model(self, host: Host, pieces: int) -> Model:
+        models = Models(CPU, CPU, Chunking(pieces))
+        models.add("model", "diffusion_model", host.built)
+        model: Model = models["model"]
+        model.patch("plain", host.patches())
+        return model
+
+    def test_the_prediction_is_the_hosts(self, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+        cut: list[int] = []
+        in_pieces = run.in_pieces
+        monkeypatch.setattr(run, "in_pieces", lambda forward, x, pieces: cut.append(pieces) or in_pieces(forward, x, pieces))
+        model = self.model(host, 3)
+
+        found = model.predict(tiny.arguments())
+
+        expected = host.predict()
+        assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+        assert set(cut) == {3}
+        assert model.whole == ""
+
+    def test_why_it_stays_whole(self, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(run, "LEAST", 1000)
+        model = self.model(host, 3)
+
+        assert torch.equal(model.predict(tiny.arguments()), host.predict())
+        assert "fewer than 2000 tokens" in model.whole
+
+    def test_one_piece_is_as_before(self, host: Host) -> None:
+        model = self.model(host, 1)
+
+        assert torch.equal(model.predict(tiny.arguments()), host.predict())
+        assert model.whole == ""
 
 
 class TestHooks:
