@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ def feed_forwards(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 def is_feed_forward(module: torch.nn.Module) -> bool:
     """Whether it consists of what a feed-forward consists of, takes one tensor, keeps nothing between calls that could be seen,
     and nobody has replaced a part's `forward` or hung a hook on it."""
-    if not module._modules or not _takes_one(type(module)):
+    if not module._modules or not _takes_one(type(module).forward):
         return False
     parts = list(module.modules())
     linears = [part for part in parts if _is_linear(part)]
@@ -55,10 +55,10 @@ def _compiled(module: torch.nn.Module) -> bool:
 
 
 @functools.cache
-def _takes_one(kind: type[torch.nn.Module]) -> bool:
+def _takes_one(forward: Callable[..., Any]) -> bool:
     """One argument is enough, and there has to be one."""
     try:
-        _, first, *more = inspect.signature(kind.forward).parameters.values()
+        _, first, *more = inspect.signature(forward).parameters.values()
     except (TypeError, ValueError):  # it has no signature, or takes nothing
         return False
     return first.kind is first.POSITIONAL_OR_KEYWORD and first.default is first.empty and all(

@@ -168,9 +168,9 @@ class Dispatcher:
         answers = self._crew.gather(asked, self._settings.timeout_seconds, lane().check)
         for worker, answer in zip(asked, answers, strict=True):
             worker.about["free_bytes"] = answer["free_bytes"]
+            self._ineffective.tell(type(request.remote.module).__name__, answer.get("whole", ""))
         if unsuited := next((answer["unsuited"] for answer in answers if "unsuited" in answer), ""):
             raise Unsuited(unsuited)
-            self._ineffective.tell(type(request.remote.module).__name__, answer.get("whole", ""))
         if any(answer["stateful"] for answer in answers):
             raise Unsuited("a pack keeps a state of its own from step to step, which is here")
         if way.name != ROWS and not any(answer["shared"] for answer in answers):
