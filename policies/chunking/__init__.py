@@ -1,5 +1,5 @@
-"""Feed-forwards in pieces: a diffusion model's own modules widen every token four times or so, the largest memory that a block
-takes for a moment. Tokens do not know of each other there, so pieces of them give the same, one after the other, in a fraction.
+"""Feed-forwards in pieces: these modules of a diffusion model widen every token four times or more for a moment. Tokens do not
+know of each other there, so pieces of them give the same, one after the other, in a fraction of the memory.
 
 Nothing is patched for good: a module's `forward` stands on the instance while a prediction lasts. What is fused with attention,
 as in Flux's single blocks, is no module of its own and stays whole.
