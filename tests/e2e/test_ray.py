@@ -55,16 +55,17 @@ WAN = workflows.video("wan", "wan")
 
 
 @contextmanager
-def pair(models: Path, factory: pytest.TempPathFactory, text: str, **more: Any) -> Iterator[tuple[Server, Server]]:
+def pair(models: Path, factory: pytest.TempPathFactory, text: str, *, comfyui: Path = COMFYUI,
+         **more: Any) -> Iterator[tuple[Server, Server]]:
     folders = factory.mktemp("alone"), factory.mktemp("plugin")
     more = {"packs": [PATCHING_NODES], **more}
-    with both(partial(Server, COMFYUI, folders[0], models, plugin=False, **more),
-              partial(Server, COMFYUI, folders[1], models, settings=text, **more)) as servers:
+    with both(partial(Server, comfyui, folders[0], models, plugin=False, **more),
+              partial(Server, comfyui, folders[1], models, settings=text, **more)) as servers:
         yield servers
 
 
 class Pair:
-    """ComfyUI alone, whose latents are kept, and the same with two workers."""
+    """ComfyUI alone, whose latents are kept, and the same with workers."""
 
     def __init__(self, alone: Server, plugin: Server) -> None:
         self.alone, self.plugin = alone, plugin
@@ -208,6 +209,20 @@ def test_verifying_compares_and_says_so(models: Path, tmp_path_factory: pytest.T
         assert here == [1, 1, 1, 0]
         assert plugin.events("shard.demoted") == []
         assert plugin.events("shard.finished")[-1]["speedup"] > 0
+
+
+def test_one_worker_predicts_for_comfyui(models: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Which only keeps sampling: there is nobody to share rows or heads with, and the arithmetic is the same."""
+    with pair(models, tmp_path_factory, settings(1, verify="off")) as (alone, plugin):
+        found = Pair(alone, plugin)
+        for flow in (FLUX, sampled(FLUX, cfg=1.0, batch=2), workflows.text_to_latent("flux_a_fp32", loras=LORA), SD3,
+                     sampled(SD3, cfg=1.0, sampler_name="euler_ancestral")):
+            assert found.error(flow) <= TOLERANCE
+            assert set(found.calls()) == {"rows"}
+        assert found.error(FLUX, like=sampled(FLUX, seed=2)) > 10 * TOLERANCE
+        assert plugin.events("shard.started")[0]["workers"] == ["cpu"]
+        assert plugin.events("shard.demoted") == []
+        assert troubles(plugin) == []
 
 
 def test_a_worker_for_each_accelerator(models: Path, simulated_npu: None, tmp_path_factory: pytest.TempPathFactory) -> None:
