@@ -16,11 +16,15 @@ class Actor:
     """One worker.
 
     Args:
-        environment: set before torch is imported, which sees no other device then.
+        environment: set before torch is imported, which sees no other device then; what is None is taken out.
     """
 
-    def __init__(self, environment: dict[str, str]) -> None:
-        os.environ.update(environment)
+    def __init__(self, environment: dict[str, str | None]) -> None:
+        for name, value in environment.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
         self._program: Any = None
 
     def start(self, twin: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:

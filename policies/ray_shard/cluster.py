@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import ray
+import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from . import undertaker
@@ -22,6 +23,11 @@ from .settings import Settings
 
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_metrics_collection": "0", "RAY_DEDUP_LOGS": "0",
           "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+# What hides devices that torch calls "cuda". AMD's HIP reads the first of these names that is not empty, and counts among the
+# devices that its ROCr leaves it, for which an empty list is one too.
+_CUDA = ("CUDA_VISIBLE_DEVICES",)
+_HIP = ("HIP_VISIBLE_DEVICES", *_CUDA)
+_ROCR = "ROCR_VISIBLE_DEVICES"
 
 
 def connect(settings: Settings, namespace: str) -> bool:
@@ -67,15 +73,16 @@ def on_this_machine() -> NodeAffinitySchedulingStrategy:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
-def environment(device: str) -> tuple[Mapping[str, str], str]:
-    """(what a worker's process must find in its environment, what its device is called there)."""
+def environment(device: str) -> tuple[Mapping[str, str | None], str]:
+    """(what a worker's process must find in its environment, and what not (None), what its device is called there)."""
     kind, _, index = device.partition(":")
     alone = {"RESIDENCY_DISABLE": "1"}
     if kind != "cuda":
         return alone, device
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names, below = (_HIP, {_ROCR: os.environ.get(_ROCR)}) if torch.version.hip else (_CUDA, {})
+    seen = next(filter(None, map(os.environ.get, names)), None)
     chosen = seen.split(",")[int(index or 0)].strip() if seen else index or "0"
-    return {**alone, "CUDA_VISIBLE_DEVICES": chosen}, "cuda:0"
+    return {**alone, **below, **dict.fromkeys(names, chosen)}, "cuda:0"
 
 
 def _store() -> int:

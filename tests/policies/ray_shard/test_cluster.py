@@ -6,10 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("ray")
 
 from residency.policies.ray_shard import cluster
+from residency.policies.ray_shard.actor import Actor
 from residency.policies.ray_shard.settings import Settings
 
 MB, GB = 2**20, 2**30
@@ -27,6 +29,50 @@ class TestDevices:
         if visible is not None:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert cluster.environment(device) == ({"RESIDENCY_DISABLE": "1", "CUDA_VISIBLE_DEVICES": seen}, "cuda:0")
+
+    def test_names_of_amds_say_nothing_to_nvidia(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whatever they are set to, and left at."""
+        monkeypatch.setattr(torch.version, "hip", None)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+        monkeypatch.setenv("HIP_VISIBLE_DEVICES", "2,3")
+        monkeypatch.setenv("ROCR_VISIBLE_DEVICES", "1")
+        assert cluster.environment("cuda:1") == ({"RESIDENCY_DISABLE": "1", "CUDA_VISIBLE_DEVICES": "5"}, "cuda:0")
+
+    @pytest.mark.parametrize(("visible", "device", "seen"), [
+        ({}, "cuda:2", "2"), ({"CUDA": "2,3"}, "cuda:1", "3"), ({"HIP": "2,3"}, "cuda:1", "3"),
+        ({"HIP": "2, 3", "CUDA": "0,1"}, "cuda:1", "3"), ({"HIP": "", "CUDA": "4,5"}, "cuda:1", "5"),
+        ({"HIP": "", "CUDA": ""}, "cuda", "0"), ({"HIP": "GPU-8a1c,GPU-77f0"}, "cuda:1", "GPU-77f0"),
+        ({"HIP": "1,0,2,3"}, "cuda:0", "1"),  # as with ComfyUI's --default-device 1
+        ({"ROCR": "6,7"}, "cuda:1", "1"), ({"ROCR": "5,6,7", "HIP": "0,2"}, "cuda:1", "2"),
+        ({"ROCR": "GPU-8a1c,GPU-77f0", "CUDA": "1,0"}, "cuda:0", "1"),
+    ])
+    def test_one_of_amds(self, monkeypatch: pytest.MonkeyPatch, visible: dict[str, str], device: str, seen: str) -> None:
+        """HIP's own name outranks CUDA's, so both say the same in a worker. ROCr hides more below them, there as here."""
+        monkeypatch.setattr(torch.version, "hip", "6.4")
+        for name in ("CUDA", "HIP", "ROCR"):
+            monkeypatch.delenv(f"{name}_VISIBLE_DEVICES", raising=False)
+        for name, value in visible.items():
+            monkeypatch.setenv(f"{name}_VISIBLE_DEVICES", value)
+        assert cluster.environment(device) == ({
+            "RESIDENCY_DISABLE": "1", "HIP_VISIBLE_DEVICES": seen, "CUDA_VISIBLE_DEVICES": seen,
+            "ROCR_VISIBLE_DEVICES": visible.get("ROCR")}, "cuda:0")
+
+    @pytest.mark.parametrize("name", ["HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"])
+    def test_a_device_of_amds_that_is_not_there(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        """No other one is taken for it."""
+        monkeypatch.setattr(torch.version, "hip", "6.4")
+        monkeypatch.delenv("HIP_VISIBLE_DEVICES", raising=False)
+        monkeypatch.setenv(name, "0,1")
+        with pytest.raises(IndexError):
+            cluster.environment("cuda:2")
+
+    def test_a_worker_takes_over_what_is_not_set_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A cluster of the user's may have been started with other devices hidden."""
+        monkeypatch.setenv("ROCR_VISIBLE_DEVICES", "3")
+        monkeypatch.setenv("HIP_VISIBLE_DEVICES", "0")
+        Actor({"ROCR_VISIBLE_DEVICES": None, "HIP_VISIBLE_DEVICES": "1", "RESIDENCY_NEW": None})
+        assert "ROCR_VISIBLE_DEVICES" not in os.environ
+        assert os.environ["HIP_VISIBLE_DEVICES"] == "1"
 
     @pytest.mark.parametrize("device", ["cpu", "npu:1", "xpu:0"])
     def test_another_kind_keeps_its_name(self, device: str) -> None:
