@@ -125,7 +125,7 @@ class RayShard(Policy):
         request.weights.take_off()
         try:
             self._freighter.pack(remote)
-        except BaseException:
+        except Exception:  # not the host's Cancel, which may come while the workers start
             self._left.add(remote.module)
             raise
 

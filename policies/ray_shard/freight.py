@@ -58,15 +58,20 @@ class Freighter:
     def pack(self, remote: Remote) -> None:
         """Packs a model, once, while nothing of it is patched or on a device.
 
+        What no file backs is the host's own memory, to which hooks write in place: it is stored before that.
+
         Raises:
-            Exception: it cannot be pickled.
+            Exception: it cannot be pickled, or stored.
+            BaseException: the host's Cancel.
         """
         if remote.module in self._freights:
             return
         name = type(remote.module).__name__
         key = f"{name}-{next(self._numbers)}"
-        parcel = pack(remote.as_built(), self._bank)
-        self._freights[remote.module] = Freight(key, remote.kind, name, parcel)
+        freight = Freight(key, remote.kind, name, pack(remote.as_built(), self._bank))
+        if freight.model.copied_bytes and self._crew.ready():
+            freight.stored = ray.put(freight.model)
+        self._freights[remote.module] = freight
         finalize(remote.module, self._crew.tell, "forget", key)
 
     def of(self, remote: Remote) -> Freight | None:

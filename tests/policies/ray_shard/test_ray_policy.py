@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import gc
 import os
+import pickle
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ pytest.importorskip("ray")
 from residency.policies import Tools, load, ray_shard
 from residency.policies.chain import PolicyChain
 from residency.policies.policy import Unfit
-from residency.policies.ray_shard import RayShard, crew
+from residency.policies.ray_shard import RayShard, crew, freight, parcels
 from residency.policies.ray_shard.settings import Settings, WorkerSettings
 from residency.policies.requests import BuildModel, PlaceModel, ReleaseModel, Request
 from residency.policies.sampling import BatchRoom, Predict, SampleStep
@@ -241,6 +242,44 @@ class TestPlacing:
         other = Remote()
         scene.place(other)
         assert scene.placed[-1] == 0.0
+
+    def test_what_no_file_backs_is_stored_before_the_host_writes_to_it(self, scene: Scene,
+                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+        """Scheduled LoRA do so, in place and at the first step already."""
+        stored: list[torch.Tensor] = []
+        sent = lambda parcel: parcels.unpack(pickle.loads(pickle.dumps(parcel)))  # noqa: E731
+        monkeypatch.setattr(freight.ray, "put", lambda parcel: stored.append(sent(parcel)))
+        remote = Remote(built=torch.ones(2**16))
+        scene.place(remote)
+        remote.built.mul_(2)
+        scene.place(remote)
+        assert len(stored) == 1
+        assert torch.equal(stored[0], torch.ones(2**16))
+
+    def test_a_model_that_no_worker_will_have_is_not_stored(self, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+        """There is no Ray to store it in. Here the workers broke while they were waited for."""
+        crew = cast(Any, scene.policy)._crew
+        monkeypatch.setattr(crew, "ready", list)
+        monkeypatch.setattr(freight.ray, "put", None)
+        scene.place(Remote(built=torch.ones(2**16)))
+        assert scene.placed == [0.0]
+
+    def test_cancel_while_workers_start_costs_no_model(self, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It goes up, and the next prompt packs the model."""
+        class Cancel(BaseException):
+            """The host's."""
+
+        def ready() -> list[Any]:
+            raise Cancel
+
+        monkeypatch.setattr(freight.ray, "put", lambda parcel: None)
+        remote = Remote(built=torch.ones(2**16))
+        with monkeypatch.context() as cancelled:
+            cancelled.setattr(cast(Any, scene.policy)._crew, "ready", ready)
+            with pytest.raises(Cancel):
+                scene.place(remote)
+        scene.place(remote)
+        assert scene.placed == [0.0]
 
     def test_it_forgets_models_that_are_gone(self, scene: Scene) -> None:
         """And tells the workers to."""
