@@ -111,6 +111,29 @@ def test_a_worker_that_dies_is_replaced_and_its_step_is_done_here(start: Callabl
     assert error(server, wanted) <= TOLERANCE
 
 
+@pytest.mark.parametrize("flow", [
+    pytest.param(sampled(FLUX, steps=5, seed=43), id="by rows"),
+    pytest.param(sampled(SD3, cfg=1.0, steps=5, seed=43), id="by heads"),
+])
+def test_a_worker_that_dies_between_two_steps_costs_the_next_one(start: Callable[..., Server], flow: Workflow) -> None:
+    """Which is done here; of the steps after it the worker that took its place has its part again."""
+    wanted, = expected(start, flow)
+    server = start()
+    server.run(sampled(flow, seed=1))
+    seen = server.log().count(" 1/5 [")
+    prompt = server.queue(patched(flow, "PauseAfterStep", 2.0))
+    wait_for(lambda: server.log().count(" 1/5 [") > seen)
+    time.sleep(1)  # the second step took a tenth of it
+    assert server.events("worker.lost") == []
+    workers(server)[0].kill()
+    server.finish(prompt)
+    assert error(server, wanted) <= TOLERANCE
+    assert len(server.events("worker.lost")) == len(server.events("worker.replaced")) == 1
+    calls = server.events("shard.finished")[-1]["calls"]
+    assert calls.pop("local") == 1
+    assert sum(calls.values()) == (9 if flow["sample"]["inputs"]["cfg"] > 1 else 4)
+
+
 def test_a_worker_that_hangs_is_replaced(start: Callable[..., Server]) -> None:
     """After the time that the settings give it; the step is done here."""
     flow = sampled(FLUX, steps=4, seed=42)

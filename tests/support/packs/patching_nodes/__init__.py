@@ -51,6 +51,17 @@ class PauseInModel(_Patch):
         model.add_wrapper(WRAPPER, Pause(amount))
 
 
+class PauseAfterStep(_Patch):
+    """In ComfyUI's own process, when a step is predicted and the next one is not."""
+
+    def patch(self, model, amount):
+        def pause(args):
+            time.sleep(amount)
+            return args["denoised"]
+
+        model.set_model_sampler_post_cfg_function(pause)
+
+
 class Counter:
     """Scales what the model predicts by how often it was asked."""
 
@@ -82,4 +93,4 @@ class HoldLock(_Patch):
         model.add_wrapper(WRAPPER, locked)
 
 
-NODE_CLASS_MAPPINGS = {cls.__name__: cls for cls in (ScaleAttention, PauseInModel, CountCalls, HoldLock)}
+NODE_CLASS_MAPPINGS = {cls.__name__: cls for cls in (ScaleAttention, PauseInModel, PauseAfterStep, CountCalls, HoldLock)}
