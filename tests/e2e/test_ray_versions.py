@@ -53,3 +53,49 @@ def test_tiles_of_a_vae_are_those_of_the_release_alone(release: Pair) -> None:
     for prefix in ("out", "out_again"):
         assert release.error(flow, prefix) == 0
     assert set(release.calls()) == {"tiles"}
+
+
+@pytest.fixture(scope="module", params=VERSIONS[1:])  # the first has no switch for dynamic VRAM but an NVIDIA card
+def paged(request: pytest.FixtureRequest, models: Path, simulated_npu: None,
+          tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """A worker on each of two simulated accelerators, where ComfyUI pages weights by a simulated library."""
+    text = settings('"auto"', verify="off").replace("'", "")
+    with pair(models, tmp_path_factory, text, comfyui=TREES / request.param, device_mb=1500, dynamic_vram=True,
+              env={"SIMNPU_DEVICES": "2"}) as servers:
+        yield Pair(*servers)
+        assert troubles(servers[1]) == []
+        assert servers[1].events("worker.lost") == []
+
+
+PAGED = workflows.text_to_latent("middle_a")
+
+
+@pytest.mark.parametrize(("flow", "way", "twin"), [
+    # The first: the classic copy of the model that ComfyUI makes for it is no mapping, and is written to at once.
+    pytest.param(workflows.hooked_lora("middle_a", "middle"), "heads", None, id="LoRA scheduled by hooks"),
+    pytest.param(PAGED, "rows", None, id="two conditionings"),
+    pytest.param(sampled(PAGED, cfg=1.0), "heads", None, id="one row"),
+    pytest.param(FLUX, "rows", None, id="a file that is wider than the model"),
+    pytest.param(workflows.text_to_latent("middle_q8_a.gguf"), "rows", workflows.text_to_latent("middle_q8_a_bf16"), id="GGUF"),
+])
+def test_with_dynamic_vram_latents_are_those_of_comfyui_alone(paged: Pair, flow: Workflow, way: str,
+                                                              twin: Workflow | None) -> None:
+    """Its own pages are not used for what workers compute; they place the weights by the classic patcher."""
+    assert paged.error(flow, like=twin) <= TOLERANCE
+    assert set(paged.calls()) == {way}
+
+
+def test_with_dynamic_vram_a_lora_is_rounded_as_without(paged: Pair) -> None:
+    """ComfyUI's own latents differ by as much with dynamic VRAM and without, for weights in bfloat16."""
+    lora = workflows.text_to_latent("middle_a", loras=(("middle", 1.0),))
+    assert paged.error(lora) <= 0.05
+    assert set(paged.calls()) == {"rows"}
+    assert paged.error(lora, like=PAGED) > 0.2
+
+
+def test_with_dynamic_vram_tiles_are_those_of_comfyui_alone(paged: Pair) -> None:
+    """Bit for bit."""
+    flow = workflows.tiled_vae("taesd_fp32")
+    for prefix in ("out", "out_again"):
+        assert paged.error(flow, prefix) == 0
+    assert set(paged.calls()) == {"tiles"}

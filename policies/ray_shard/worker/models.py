@@ -46,6 +46,28 @@ def _over(weight: Any) -> torch.nn.Parameter:
     return made
 
 
+def cast_at_use(model: torch.nn.Module) -> None:
+    """Prepares what ComfyUI with dynamic VRAM leaves in the file's dtype, and casts, for the classic patcher, which does not.
+
+    Layers cast at use; what no layer of ComfyUI's holds, some small parameters and buffers, is cast here. The host's notes of
+    its own pages are dropped.
+    """
+    for layer in model.modules():
+        vars(layer).pop("_v", None)
+        for leaf, value in [*layer._parameters.items(), *layer._buffers.items()]:
+            wanted = getattr(layer, f"{leaf}_comfy_model_dtype", None)
+            if value is not None:
+                vars(value).pop("_model_dtype", None)
+            if value is None or wanted in (None, value.dtype):
+                continue
+            if hasattr(layer, "comfy_cast_weights") and leaf in ("weight", "bias"):
+                vars(layer)["comfy_cast_weights"] = True
+            elif leaf in layer._parameters:
+                layer._parameters[leaf] = torch.nn.Parameter(value.detach().to(wanted), requires_grad=False)
+            else:
+                layer._buffers[leaf] = value.to(wanted)
+
+
 class Model:
     """One model, with whatever is patched now.
 
@@ -58,6 +80,7 @@ class Model:
     """
 
     def __init__(self, model: Any, device: torch.device, offload_device: torch.device, chunking: Chunking = UNCUT) -> None:
+        cast_at_use(model)
         self._model = model
         self._base = comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload_device)
         self._patcher = self._base

@@ -26,7 +26,7 @@ pytest.importorskip("ray")
 from residency.hooks.remote import RemoteModel
 from residency.policies.chunking import Chunking, run
 from residency.policies.ray_shard import packing
-from residency.policies.ray_shard.parcels import Parcel, pack
+from residency.policies.ray_shard.parcels import Parcel, pack, unpack
 from residency.policies.ray_shard.worker.models import Model, Models
 from residency.policies.ray_shard.worker.start import PathNames, _lives
 
@@ -134,6 +134,19 @@ class TestPredicting:
         for _ in range(2):
             assert torch.equal(model.predict(tiny.arguments()), expected)
         assert expected.std() > 0.1
+
+    def test_a_file_that_is_wider_than_the_model_is_cast_at_use(self, host: Host) -> None:
+        """As dynamic VRAM has it: the weights stay as they are in the file, and the answer is that of the narrow model."""
+        wide = unpack(host.built).double()
+        for layer, other in zip(wide.modules(), host.patcher.model.modules(), strict=True):
+            for leaf, value in (*other.named_parameters(recurse=False), *other.named_buffers(recurse=False)):
+                setattr(layer, f"{leaf}_comfy_model_dtype", value.dtype)
+        places = {name: parameter.data_ptr() for name, parameter in wide.named_parameters()}
+        model = Model(wide, CPU, CPU)
+        model.patch("plain", host.patches())
+        assert torch.equal(model.predict(tiny.arguments()), host.predict())
+        assert {name: parameter.data_ptr() for name, parameter in wide.named_parameters()} == places
+        assert {parameter.dtype for parameter in wide.parameters()} == {torch.float64}
 
     def test_large_weights_lie_where_they_were_sent(self, host: Host, model: Model) -> None:
         """In the store that all workers share; only small ones are copied."""
