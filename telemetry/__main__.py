@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from unicodedata import east_asian_width
 
-from .report import Record, Report, Table
+from .cells import Record, Table
+from .report import Report
 
 # From ComfyUI/custom_nodes/<the plugin>/telemetry to where ComfyUI keeps its user directory.
 DEFAULT = Path(os.path.normpath(Path(__file__).parent / "../../../user/residency/telemetry.jsonl"))
@@ -21,9 +22,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", title="commands")
     report = commands.add_parser(
         "report", help="print a telemetry file as tables",
-        description="Prints a telemetry file, and its rotated ones before it, as tables: prompts, models, files, hooks and "
-                    "policies that did not work, totals. 1 MB is 2**20 bytes. Models: times placed, and where the bytes were "
-                    "after the last time. Files: 'from bank' counts loads that found the file mapped; 'released' is whether "
+        description="Prints a telemetry file, and its rotated ones before it, as tables: prompts, what workers did for "
+                    "them, models, files, hooks and policies that did not work, totals. 1 MB is 2**20 bytes. Workers: RAM of "
+                    "each, where what several share counts in part. Models: times placed, and where the bytes were after "
+                    "the last time. Files: 'from bank' counts loads that found the file mapped; 'released' is whether "
                     "letting go unmapped it, '-' before that.")
     report.add_argument("file", nargs="?", type=Path, metavar="FILE", help=f"default: {DEFAULT}".replace("%", "%%"))
     return parser

@@ -61,8 +61,9 @@ NAMES = frozenset({
     "shard.loaded",         # model, workers, mapped_bytes, copied_bytes, seconds
     "shard.patched",        # model, workers, seconds
     "shard.demoted",        # model, way: rows, heads or tiles, which is not taken, or local, which was; reason
-    "shard.finished",       # calls by way, dispatch_seconds, compute_seconds, sent_bytes, received_bytes: of a prompt; speedup
-                            # against the last predictions of the same shape by this process, if there were any
+    "shard.finished",       # of a prompt: calls by way, sent_bytes, received_bytes; of the slowest worker compute_seconds and
+                            # transfer_seconds of tensors in and out of it; dispatch_seconds: the rest; speedup against the last
+                            # predictions of the same shape by this process, if there were any; why by way that was passed over
     "shard.workers",        # by worker: private_bytes, shared_bytes: its part of all RAM, free_bytes on its device
     "worker.lost",          # worker, device, reason
     "worker.replaced",      # worker, device, seconds

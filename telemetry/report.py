@@ -5,25 +5,16 @@ A field that is missing or of another type counts as nothing: an older or newer 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
-MB = 2**20
-Row = Sequence[str]
-Record = Mapping[str, Any]
+from .cells import MB, Record, Row, Table, mb, number, text, types
+from .shards import Shards
 
 # What a user may have to act on.
 _TROUBLE = frozenset({"hook.declined", "hook.shadowed", "hook.retired", "hook.failed", "policy.declined", "policy.ineffective",
                       "policy.failed", "file.changed", "file.unreadable", "cache.skipped", "split.insufficient",
-                      "donors.refused", "pin.failed", "rescue.failed"})
-
-
-class Table(NamedTuple):
-    """Cells of text, under a head that gives the units."""
-
-    head: Row
-    rows: Sequence[Row]
+                      "donors.refused", "pin.failed", "rescue.failed", "shard.broken", "worker.lost"})
 
 
 @dataclass
@@ -38,12 +29,12 @@ class _Model:
     def add(self, event: Record) -> None:
         if event["event"] == "model.placed":
             self.placed += 1
-            self.seconds += _number(event, "seconds")
-            self.last = [_mb(event, key) for key in ("device_bytes", "mapped_bytes", "host_bytes")]
+            self.seconds += number(event, "seconds")
+            self.last = [mb(event, key) for key in ("device_bytes", "mapped_bytes", "host_bytes")]
         else:
             self.released += 1
-            self.released_bytes += _number(event, "bytes")
-            self.released_seconds += _number(event, "seconds")
+            self.released_bytes += number(event, "bytes")
+            self.released_seconds += number(event, "seconds")
 
     def cells(self) -> Row:
         return (str(self.placed), f"{self.seconds:.2f}", *self.last, str(self.released), f"{self.released_bytes / MB:.0f}",
@@ -64,8 +55,8 @@ class _File:
             self.released = "-"
         elif event["event"] == "weights.mapped":
             self.mapped += 1
-            self.bytes += _number(event, "bytes")
-            self.copied_bytes += _number(event, "copied_bytes")
+            self.bytes += number(event, "bytes")
+            self.copied_bytes += number(event, "copied_bytes")
         else:
             unmapped = event.get("unmapped")
             self.released = "yes" if unmapped is True else "no" if unmapped is False else "unknown"
@@ -85,11 +76,11 @@ class _Kept:
     def add(self, event: Record) -> None:
         if event["event"] == "cache.hit":
             self.hits += 1
-            self.seconds += _number(event, "seconds")
+            self.seconds += number(event, "seconds")
         else:
             self.misses += event["event"] == "cache.miss"
             self.evicted += event["event"] == "cache.evicted"
-            self.why = _text(event, "reason")
+            self.why = text(event, "reason")
 
     def cells(self) -> Row:
         return str(self.hits), str(self.misses), f"{self.seconds:.2f}", str(self.evicted), self.why
@@ -103,8 +94,8 @@ class _Repeated:
 
     def add(self, event: Record) -> None:
         self.times += 1
-        self.freed_bytes += _number(event, "freed_bytes")
-        self.seconds += _number(event, "seconds")
+        self.freed_bytes += number(event, "freed_bytes")
+        self.seconds += number(event, "seconds")
 
     def cells(self) -> Row:
         return str(self.times), f"{self.freed_bytes / MB:.0f}", f"{self.seconds:.2f}"
@@ -127,6 +118,7 @@ class Report:
         self._gguf: dict[str, Record] = {}
         self._splits: dict[Row, Record] = {}
         self._repeated: dict[tuple[str, str], _Repeated] = {}
+        self._shards = Shards()
         self._restored_bytes = self._copied_bytes = self._dense_bytes = self._dense_seconds = 0.0
         self._trouble: Counter[Row] = Counter()
         for event in events:
@@ -140,43 +132,47 @@ class Report:
         if name == "prompt.finished":
             self._prompts.append(event)
         elif name in ("model.placed", "model.released"):
-            self._models.setdefault(_text(event, "model"), _Model()).add(event)
+            self._models.setdefault(text(event, "model"), _Model()).add(event)
         elif name in ("weights.read", "weights.mapped", "weights.released"):
-            self._files.setdefault(_text(event, "file"), _File()).add(event)
+            self._files.setdefault(text(event, "file"), _File()).add(event)
         elif name in ("split.planned", "split.capped"):
-            self._splits[_text(event, "model"), _text(event, "device")] = event
+            self._splits[text(event, "model"), text(event, "device")] = event
         elif name == "gguf.read":
-            self._gguf.setdefault(_text(event, "file"), event)
+            self._gguf.setdefault(text(event, "file"), event)
         elif name == "gguf.dequantised":
-            self._dense_bytes += _number(event, "bytes")
-            self._dense_seconds += _number(event, "seconds")
+            self._dense_bytes += number(event, "bytes")
+            self._dense_seconds += number(event, "seconds")
         elif name in ("cache.hit", "cache.miss", "cache.evicted"):
-            self._kept.setdefault(_text(event, "model"), _Kept()).add(event)
+            self._kept.setdefault(text(event, "model"), _Kept()).add(event)
+        elif name in ("shard.finished", "shard.workers"):
+            self._shards.add(event, len(self._prompts) + 1)  # it is told just before its prompt's end
         elif name == "rescue.repeated":
-            self._repeated.setdefault((_text(event, "what"), _text(event, "model")), _Repeated()).add(event)
+            self._repeated.setdefault((text(event, "what"), text(event, "model")), _Repeated()).add(event)
         elif name == "weights.restored":
-            self._restored_bytes += _number(event, "bytes")
-            self._copied_bytes += _number(event, "copied_bytes")
+            self._restored_bytes += number(event, "bytes")
+            self._copied_bytes += number(event, "copied_bytes")
         elif name in _TROUBLE:
-            about = _text(event, "hook", "policy", "file", "model")
-            why = _text(event, "reason", "error", "by") if name != "hook.retired" else "another plugin wrapped on top of it"
+            about = "workers" if name == "shard.broken" else text(event, "hook", "policy", "file", "model", "device")
+            why = text(event, "reason", "error", "by") if name != "hook.retired" else "another plugin wrapped on top of it"
             self._trouble[name, about, why] += 1
 
     def tables(self) -> list[Table]:
-        """Prompts, models, their last splits, files, GGUF files, kept loads, what was repeated, what to act on, totals."""
+        """Prompts, what workers did for them, models, their last splits, files, GGUF files, kept loads, what was repeated, what
+        to act on, totals."""
         return [
             self._prompt_table(),
+            *self._shards.tables(),
             Table(("model", "placed", "seconds", "device MB", "mapped MB", "host MB", "released", "released MB", "seconds"),
                   [(name, *model.cells()) for name, model in self._models.items()]),
             Table(("split", "device", "mode", "figure", "rule", "budget MB", "device MB", "streamed MB"),
-                  [(*about, _text(event, "mode") if "mode" in event else "pages", _text(event, "figure"),
-                    _text(event, "rule") if "rule" in event else "-",
-                    *(_mb(event, key) for key in ("budget_bytes", "predicted_bytes", "streamed_bytes")))
+                  [(*about, text(event, "mode") if "mode" in event else "pages", text(event, "figure"),
+                    text(event, "rule") if "rule" in event else "-",
+                    *(mb(event, key) for key in ("budget_bytes", "predicted_bytes", "streamed_bytes")))
                    for about, event in self._splits.items()]),
             Table(("file", "mapped", "mapped MB", "copied MB", "from bank", "released"),
                   [(name, *file.cells()) for name, file in self._files.items()]),
             Table(("GGUF", "architecture", "header seconds", "types"),
-                  [(name, _text(event, "architecture"), f"{_number(event, 'header_seconds'):.2f}", _types(event))
+                  [(name, text(event, "architecture"), f"{number(event, 'header_seconds'):.2f}", types(event))
                    for name, event in self._gguf.items()]),
             Table(("kept", "hits", "misses", "seconds of hits", "evicted", "why it missed or left last"),
                   [(name, *kept.cells()) for name, kept in self._kept.items()]),
@@ -190,17 +186,17 @@ class Report:
     def _prompt_table(self) -> Table:
         held = [event["device_bytes"] if isinstance(event.get("device_bytes"), dict) else {} for event in self._prompts]
         devices = sorted({device for one in held for device in one})
-        rows = [(str(number), _text(event, "prompt")[:8], "yes" if event.get("ok") is True else "no",
-                 *(f"{_number(event, key):.2f}" for key in ("seconds", "placing_seconds")),
-                 *(_mb(event, key) for key in ("read_bytes", "private_bytes", "file_bytes")),
-                 *(_mb(one, device) for device in devices))
-                for number, (event, one) in enumerate(zip(self._prompts, held, strict=True), 1)]
+        rows = [(str(place), text(event, "prompt")[:8], "yes" if event.get("ok") is True else "no",
+                 *(f"{number(event, key):.2f}" for key in ("seconds", "placing_seconds")),
+                 *(mb(event, key) for key in ("read_bytes", "private_bytes", "file_bytes")),
+                 *(mb(one, device) for device in devices))
+                for place, (event, one) in enumerate(zip(self._prompts, held, strict=True), 1)]
         return Table(("prompt", "id", "ok", "seconds", "placing", "read MB", "private MB", "file MB",
                       *(f"{device} MB" for device in devices)), rows)
 
     def _totals(self) -> Table:
         prompts = self._prompts
-        seconds, placing, size = (sum(_number(event, key) for event in prompts)
+        seconds, placing, size = (sum(number(event, key) for event in prompts)
                                   for key in ("seconds", "placing_seconds", "read_bytes"))
         return Table(("total", ""), [
             ("prompts", str(len(prompts))),
@@ -213,24 +209,3 @@ class Report:
             ("MB dequantised", f"{self._dense_bytes / MB:.0f}"),
             ("seconds dequantising, about", f"{self._dense_seconds:.2f}"),
         ])
-
-
-def _number(event: Record, key: str) -> float:
-    value = event.get(key)
-    return value if isinstance(value, (int, float)) and abs(value) < 1e18 else 0  # Python's JSON has Infinity and NaN
-
-
-def _mb(event: Record, key: str) -> str:
-    return f"{_number(event, key) / MB:.0f}" if key in event else "-"
-
-
-def _types(event: Record) -> str:
-    """Types and their bytes, the largest share first."""
-    sizes = event.get("types_bytes")
-    found = {name: _number(sizes, name) for name in sizes} if isinstance(sizes, dict) else {}
-    return ", ".join(f"{name} {size / MB:.0f} MB" for name, size in sorted(found.items(), key=lambda item: -item[1])) or "-"
-
-
-def _text(event: Record, *keys: str) -> str:
-    """The first of the fields that there is, in one line."""
-    return next((" ".join(str(event[key]).split()) for key in keys if event.get(key) is not None), "unknown")

@@ -11,6 +11,7 @@ from typing import Any
 import ray
 
 from .crew import Crew
+from .score import Busy
 from .workers import Failed, Lost, Worker, answer_of, in_a_line
 
 _QUEUE = 2  # tiles asked of a worker at a time
@@ -26,7 +27,7 @@ class Ahead:
         fallen: told why a worker fell out.
 
     Attributes:
-        compute_seconds: of each worker's answers.
+        busy: each worker with its answers.
     """
 
     def __init__(self, crew: Crew, workers: Sequence[Worker], count: int, ask: Callable[[Worker, int], Any], seconds: float,
@@ -36,7 +37,7 @@ class Ahead:
         self._waiting: list[int] = list(range(count))
         self._asked: dict[Any, tuple[Worker, int]] = {}  # by reference, in the order of asking
         self._answers: dict[int, Any] = {}
-        self.compute_seconds: dict[Worker, float] = dict.fromkeys(workers, 0.0)
+        self.busy: dict[Worker, Busy] = {worker: Busy() for worker in workers}
 
     def take(self, place: int) -> dict[str, Any] | None:
         """The answer for a tile, asked for once each and in order; None where no worker can give it.
@@ -100,7 +101,7 @@ class Ahead:
             self._drop([worker], str(failed))
         else:
             self._answers[place] = answer
-            self.compute_seconds[worker] += answer["compute_seconds"]
+            self.busy[worker].add(answer)
         del self._asked[reference]
 
     def _lose(self, lost: Lost) -> None:

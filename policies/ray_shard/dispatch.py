@@ -112,6 +112,7 @@ class Dispatcher:
         for way in self._ways(request, workers):
             reason = self._refused.get(_case(request, freight, way), "")
             if reason:
+                self.score.passed_over(way.name, reason)
                 continue
             try:
                 answer = self._ask(request, freight, way, workers)
@@ -195,6 +196,7 @@ class Dispatcher:
     def _tell(self, request: Predict, way: str, reason: str) -> None:
         """Once for each reason."""
         model = type(request.remote.module).__name__
+        self.score.passed_over(way, reason)
         if (model, way, reason) not in self._told:
             self._told.add((model, way, reason))
             emit("shard.demoted", model=model, way=way, reason=reason)

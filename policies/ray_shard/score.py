@@ -3,10 +3,23 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ...telemetry import emit
+
+
+@dataclass
+class Busy:
+    """How long a worker was at its tiles, and computed meanwhile."""
+
+    seconds: float = 0.0
+    compute_seconds: float = 0.0
+
+    def add(self, answer: Mapping[str, Any]) -> None:
+        self.seconds += answer["seconds"]
+        self.compute_seconds += answer["compute_seconds"]
 
 
 class Score:
@@ -19,30 +32,38 @@ class Score:
 
     def _clear(self) -> None:
         self._calls: Counter[str] = Counter()
-        self._dispatch = self._compute = 0.0
+        self._dispatch = self._compute = self._transfer = 0.0
+        self._why: dict[str, str] = {}  # the last reason not to take a way
         self._sent = self._received = 0
         self._seconds: list[tuple[float, float]] = []  # of a prediction elsewhere, and of the last one like it here
 
     def elsewhere(self, way: str, kind: Hashable, seconds: float, answers: Sequence[dict[str, Any]], sent: int) -> None:
-        """A prediction by workers. What the slowest computed is no dispatch."""
-        slowest = max(answer["compute_seconds"] for answer in answers)
+        """A prediction by workers. What the slowest was at is no dispatch: it computed, and took tensors in and out."""
+        slowest = max(answers, key=lambda answer: float(answer["seconds"]))
         with self._lock:
             self._calls[way] += 1
-            self._compute += slowest
-            self._dispatch += seconds - slowest
+            self._compute += slowest["compute_seconds"]
+            self._transfer += slowest["seconds"] - slowest["compute_seconds"]
+            self._dispatch += seconds - slowest["seconds"]
             self._sent += sent
             self._received += sum(answer["answer"].copied_bytes for answer in answers)
             if kind in self._here:
                 self._seconds.append((seconds, self._here[kind]))
 
-    def tiles(self, count: int, seconds: float, compute_seconds: float, sent: int, received: int) -> None:
-        """A VAE's tiles by workers, of which the busiest computed so long; the host waited for `seconds`."""
+    def tiles(self, count: int, seconds: float, busiest: Busy, sent: int, received: int) -> None:
+        """A VAE's tiles by workers, of which the busiest was at it so long; the host waited for `seconds`."""
         with self._lock:
             self._calls["tiles"] += count
-            self._compute += compute_seconds
-            self._dispatch += max(0.0, seconds - compute_seconds)
+            self._compute += busiest.compute_seconds
+            self._transfer += busiest.seconds - busiest.compute_seconds
+            self._dispatch += max(0.0, seconds - busiest.seconds)
             self._sent += sent
             self._received += received
+
+    def passed_over(self, way: str, reason: str) -> None:
+        """Why a way was not taken, however often that was said."""
+        with self._lock:
+            self._why[way] = reason
 
     def here(self, kind: Hashable, seconds: float) -> None:
         """A prediction by the host."""
@@ -59,6 +80,7 @@ class Score:
             compared = {} if not self._seconds else {
                 "speedup": sum(here for _, here in self._seconds) / sum(elsewhere for elsewhere, _ in self._seconds)}
             emit("shard.finished", calls=calls, dispatch_seconds=self._dispatch, compute_seconds=self._compute,
-                 sent_bytes=self._sent, received_bytes=self._received, **compared)
+                 transfer_seconds=self._transfer, sent_bytes=self._sent, received_bytes=self._received, **compared,
+                 **({"why": self._why} if self._why else {}))
             self._clear()
         return True

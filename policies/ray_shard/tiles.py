@@ -96,6 +96,7 @@ class Tiler:
     def tell(self, request: ScaleTiles, reason: str) -> None:
         """Once for each reason."""
         model = type(request.remote.module).__name__
+        self.score.passed_over(TILES, reason)
         if (model, reason) not in self._told:
             self._told.add((model, reason))
             emit("shard.demoted", model=model, way=TILES, reason=reason)
@@ -124,7 +125,7 @@ class Tiling:
                  freight: Freight, function: Parcel) -> None:
         self._tiler, self._request, self._tiles, self._freight, self._function = tiler, request, tiles, freight, function
         self._ahead: Ahead | None = tiler.ahead(workers, len(tiles), self._ask, lambda reason: tiler.tell(request, reason))
-        self._compute_seconds = self._ahead.compute_seconds
+        self._busy = self._ahead.busy
         self._room = max(map(request.room, {tile.shape for tile in tiles}))
         self._place = self._sent = self._received = 0
         self._elsewhere = 0  # tiles that workers computed
@@ -152,7 +153,7 @@ class Tiling:
         """The host is done, or was stopped."""
         self._stop()
         if self._elsewhere:
-            busiest = max(self._compute_seconds.values())
+            busiest = max(self._busy.values(), key=lambda one: one.seconds)
             self._tiler.score.tiles(self._elsewhere, self._seconds, busiest, self._sent, self._received)
 
     def _ask(self, worker: Worker, place: int) -> Any:

@@ -30,7 +30,8 @@ def run(pair: Callable[..., dict[str, Any]], cores: int) -> None:
                         seconds[name].append(took)
                 same &= all(torch.equal(servers["alone"].latents(one), servers["plugin"].latents(one)) for one in PREFIXES)
             told = servers["plugin"].events("shard.finished")[1:]
-        waiting = statistics.median(event["dispatch_seconds"] / event["calls"]["tiles"] for event in told)
+        waiting = statistics.median((event["dispatch_seconds"] + event["transfer_seconds"]) / event["calls"]["tiles"]
+                                    for event in told)
         rows.append((f"alone with {threads} thread{'s' * (threads > 1)}", *map(statistics.median, seconds.values()),
                      *ratio(seconds["plugin"], seconds["alone"]), waiting * 1000, "yes" if same else "NO"))
     show(f"Tiled VAE, encode, decode and encode of 256x256 by TAESD on the CPU: {PROMPTS - 1} pairs of warm prompts",

@@ -23,6 +23,16 @@ prompt  id        ok   seconds  placing  read MB  private MB  file MB  cuda:0 MB
      1  1ec408c7  yes     4.21     1.04      807        1484     2195        877          -
      2  004240a2  no      3.00     0.50        0        1498     2195        891         12
 
+predicted by      prompt  dispatch  compute  transfer  sent MB  received MB  speed-up  MB of workers  private
+----------------  ------  --------  -------  --------  -------  -----------  --------  -------------  --------
+rows 4, tiles 12       1      0.10     2.00      0.05        3            1      1.80  548, 549       440, 441
+rows 2, local 1        2         -        -         -        -            -         -  -              -
+
+not by  prompt  why
+------  ------  ----------------------------------
+heads        2  no attention of it could be shared
+local        2  a b c
+
 model         placed  seconds  device MB  mapped MB  host MB  released  released MB  seconds
 ------------  ------  -------  ---------  ---------  -------  --------  -----------  -------
 Flux               2     0.75        500        307        1         1          807     0.25
@@ -66,6 +76,8 @@ policy.failed       zero_copy                                   1  RuntimeError:
 file.changed        big_flux.safetensors                        1  it was overwritten
 cache.skipped       main model                                  1  there is no 'a'
 rescue.failed       Flux                                        1  NPU out of memory
+worker.lost         cuda:1                                      1  it is dead
+shard.broken        workers                                     1  ImportError: no comfy
 
 total
 ---------------------------  ----
@@ -139,6 +151,9 @@ def emit_trouble() -> None:
     emit("file.changed", file="big_flux.safetensors", reason="it was overwritten")
     emit("cache.skipped", model="main model", reason="there is no 'a'")
     emit("rescue.failed", what="sampling", model="Flux", attempts=5, freed_bytes=900 * MB, error="NPU out of memory")
+    emit("worker.lost", worker=1, device="cuda:1", reason="it is dead")
+    emit("worker.replaced", worker=1, device="cuda:1", seconds=6.0)
+    emit("shard.broken", reason="ImportError: no comfy")
 
 
 def emit_repeated() -> None:
@@ -149,10 +164,33 @@ def emit_repeated() -> None:
     emit("rescue.repeated", what="loading", model="Flux", attempt=1, freed_bytes=0, seconds=0.25, error="out of memory")
 
 
-def emit_prompts() -> None:
-    """Two prompts; a second device comes with the second."""
+def emit_first() -> None:
+    """A prompt."""
     emit("prompt.finished", prompt="1ec408c7-4a5d", ok=True, seconds=4.21, placing_seconds=1.04, read_bytes=807 * MB,
          private_bytes=1484 * MB, file_bytes=2195 * MB, device_bytes={"cuda:0": 877 * MB}, policies={})
+
+
+def emit_shards() -> None:
+    """Two prompts by workers, of which the first is told of in full, just before it ends, and what they hold just after."""
+    emit("shard.workers", private_bytes={"worker 0": MB}, shared_bytes={"worker 0": MB}, free_bytes={"worker 0": MB})
+    emit("shard.finished", calls={"rows": 4, "tiles": 12}, dispatch_seconds=0.1, compute_seconds=2.0, transfer_seconds=0.05,
+         sent_bytes=3 * MB, received_bytes=MB, speedup=1.8)
+    emit_first()
+    emit("shard.workers", private_bytes={"worker 0": 440 * MB, "worker 1": 441 * MB},
+         shared_bytes={"worker 0": 548 * MB, "worker 1": 549 * MB}, free_bytes={"worker 0": MB, "worker 1": MB})
+    emit("shard.finished", calls={"rows": 2, "local": 1},
+         why={"heads": "no attention of it could be shared", "local": "a\nb\tc"})
+    emit_second()
+
+
+def emit_prompts() -> None:
+    """Two prompts."""
+    emit_first()
+    emit_second()
+
+
+def emit_second() -> None:
+    """One that fails, with a second device."""
     emit("prompt.finished", prompt="004240a2-4a5d", ok=False, seconds=3.0, placing_seconds=0.5, read_bytes=0,
          private_bytes=1498 * MB, file_bytes=2195 * MB, device_bytes={"cuda:0": 891 * MB, "cuda:1": 12 * MB}, policies={})
 
@@ -168,7 +206,7 @@ def test_tables_are_aligned_and_complete(file: Path, capsys: pytest.CaptureFixtu
     emit_trouble()
     emit_kept()
     emit_repeated()
-    emit_prompts()
+    emit_shards()
     assert main(["report", str(file)]) == 0
     assert capsys.readouterr().out == EXPECTED
 
@@ -213,8 +251,9 @@ def test_fields_that_are_missing_or_odd_count_as_nothing(tmp_path: Path, capsys:
     """Another version of the plugin wrote the file."""
     (tmp_path / "t.jsonl").write_text("".join(f'{{"event": "{name}"{fields}}}\n' for name in (
         "prompt.finished", "model.placed", "model.released", "weights.read", "weights.mapped", "weights.released",
-        "weights.restored", "hook.failed", "policy.ineffective", "brand.new") for fields in (
-        "", ', "seconds": "x", "bytes": [], "device_bytes": 5, "model": {}, "file": 7, "unmapped": [], "reason": null',
+        "weights.restored", "hook.failed", "policy.ineffective", "shard.finished", "shard.workers", "brand.new") for fields in (
+        "", ', "seconds": "x", "bytes": [], "device_bytes": 5, "model": {}, "file": 7, "unmapped": [], "reason": null, '
+        '"calls": 3, "why": [], "private_bytes": 5, "shared_bytes": {"worker 0": "x"}',
         ', "seconds": NaN, "bytes": Infinity, "device_bytes": {"cuda:0": null}, "placing_seconds": 1e999')))
     assert main(["report", str(tmp_path / "t.jsonl")]) == 0
     out = capsys.readouterr().out

@@ -97,9 +97,10 @@ LINES: list[tuple[str, dict[str, Any], str]] = [
     ("shard.patched", {"model": "Flux", "workers": 2, "seconds": 0.02}, "shard.patched Flux in 0.02 s, workers: 2"),
     ("shard.demoted", {"model": "Flux", "way": "local", "reason": "a worker is dead"},
      "shard.demoted Flux, way: local: a worker is dead"),
-    ("shard.finished", {"calls": {"rows": 4}, "dispatch_seconds": 0.1, "compute_seconds": 2.0, "sent_bytes": MB,
-                        "received_bytes": 0, "speedup": 1.8},
-     "shard.finished calls: rows 4, 0.10 s dispatch, 2.00 s compute, 1 MB sent, 0 MB received, speedup: 1.8"),
+    ("shard.finished", {"calls": {"rows": 4}, "dispatch_seconds": 0.1, "compute_seconds": 2.0, "transfer_seconds": 0.05,
+                        "sent_bytes": MB, "received_bytes": 0, "speedup": 1.8, "why": {"heads": "nothing to share"}},
+     "shard.finished calls: rows 4, 0.10 s dispatch, 2.00 s compute, 0.05 s transfer, 1 MB sent, 0 MB received, speedup: 1.8, "
+     "why: heads nothing to share"),
     ("shard.workers", {"private_bytes": {"worker 0": MB}, "shared_bytes": {"worker 0": 2 * MB},
                        "free_bytes": {"worker 0": 3 * MB}},
      "shard.workers 1 MB on worker 0, 2 MB on worker 0, 3 MB on worker 0"),

@@ -112,6 +112,7 @@ class Program:
             BaseException: it was called off.
         """
         self._management.throw_exception_if_processing_interrupted()
+        began = time.perf_counter()
         with torch.inference_mode():
             vae = self._models[key]
             vae.must_have(digest)
@@ -119,7 +120,8 @@ class Program:
             started = time.perf_counter()
             answer = vae.tile(function, tile, room)
             computed = time.perf_counter()
-            return {"answer": pack(answer, files=False), "compute_seconds": computed - started}
+            packed = pack(answer, files=False)
+        return {"answer": packed, "seconds": time.perf_counter() - began, "compute_seconds": computed - started}
 
     def _shared(self, way: str, model: Any, arguments: dict[str, Any]) -> tuple[torch.Tensor, int]:
         """(the prediction, calls of attention that were shared)."""

@@ -533,7 +533,20 @@ def test_the_score_of_a_prompt(ring: Ring) -> None:
     assert event.fields["sent_bytes"] > 4 * 77 * 256 * 4
     assert event.fields["received_bytes"] == 2 * 4 * 3 * 4
     assert event.fields["speedup"] > 0
+    assert event.fields["compute_seconds"] == event.fields["transfer_seconds"] == 2 * 0.05
+    assert "why" not in event.fields
     assert not scene.dispatcher.prompt_ended()
+
+
+def test_why_a_way_is_passed_over_is_told_with_each_prompt(ring: Ring) -> None:
+    """Though the console says it once."""
+    scene = Scene()
+    scene.crew.error = Failed("bad")
+    for _ in range(2):
+        scene.predict()
+        scene.dispatcher.prompt_ended()
+    assert [event.fields["why"] for event in ring.named("shard.finished")] == [{"local": "bad"}] * 2
+    assert len(ring.named("shard.demoted")) == 1
 
 
 def test_one_model_is_placed_at_a_time() -> None:

@@ -76,7 +76,7 @@ class Played(Worker):
         if trouble:
             raise Failed(f"worker {self.rank}: {trouble}")
         answer = unpack(function, known={"vae": self.model})(as_it_lay(*unpack(tile)))
-        return {"answer": pack(answer, files=False), "compute_seconds": 0.5}
+        return {"answer": pack(answer, files=False), "seconds": 0.75, "compute_seconds": 0.5}
 
 
 class Crew:
@@ -199,7 +199,9 @@ def test_the_result_is_the_hosts_to_the_last_bit(weights: tuple[float, ...], see
     assert torch.equal(scene.run(), scene.alone())
     assert (scene.here, sum(worker.asked for worker in scene.crew.workers)) == (0, COUNT)
     scene.score.tell()
-    assert ring.named("shard.finished")[0].fields["calls"] == {"tiles": COUNT}
+    told = ring.named("shard.finished")[0].fields
+    assert told["calls"] == {"tiles": COUNT}
+    assert told["transfer_seconds"] == told["compute_seconds"] / 2 > 0
     assert not scene.crew.called_off
     assert reasons(ring) == []
 
