@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 from weakref import ref
 
@@ -22,6 +24,10 @@ _PLACED: dict[str, Any] = {"current_patcher": None, "dynamic_vbars": {}, "dynami
                            "current_weight_patches_uuid": None, "model_offload_buffer_memory": 0}
 
 
+# Of a layer: what dynamic VRAM notes of its own pages and pinned copies, addresses of this process among them.
+_PAGED = re.compile(r"_v(_.*)?|_pins?(_.*)?|_prefetch|.*_lowvram_function")
+
+
 class RemoteModel:
     """Implements `policies.models.Remote` over a patcher of a diffusion model."""
 
@@ -39,6 +45,19 @@ class RemoteModel:
         model = copy.copy(self._patcher.model)  # shares its layers; only its own notes are replaced
         model.__dict__ = {**model.__dict__, **{name: copy.copy(_PLACED[name]) for name in _PLACED if hasattr(model, name)}}
         return model
+
+    @contextmanager
+    def unpaged(self) -> Iterator[None]:
+        notes = [(vars(layer), {name: value for name, value in vars(layer).items() if _PAGED.fullmatch(name)})
+                 for layer in self._patcher.model.modules()]
+        try:
+            for held, found in notes:
+                for name in found:
+                    del held[name]
+            yield
+        finally:
+            for held, found in notes:
+                held.update(found)
 
     def token(self) -> object:
         # Clones have their original's `patches_uuid`, whatever objects they patch, and what is gone leaves its `id` to others:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -90,6 +91,9 @@ class Remote(Protocol):
 
     def as_built(self) -> Any:
         """The model without patches, to be pickled. Asked while nothing of it is on a device and nothing is patched."""
+
+    def unpaged(self) -> AbstractContextManager[None]:
+        """While inside, layers are without what the host notes of its own paging: it is of use in this process alone."""
 
     def token(self) -> object:
         """Changes with every change of what is patched: LoRA, merges, replaced objects, scheduled hooks."""

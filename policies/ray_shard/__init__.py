@@ -122,10 +122,11 @@ class RayShard(Policy):
         return proceed(replace(request, more_bytes=0.0, elsewhere=True))
 
     def _pack(self, request: PlaceModel, remote: Remote) -> None:
+        self._crew.ready()  # not inside: the host's Cancel says nothing of the model
         request.weights.take_off()
         try:
             self._freighter.pack(remote)
-        except Exception:  # not the host's Cancel, which may come while the workers start
+        except BaseException:
             self._left.add(remote.module)
             raise
 

@@ -68,7 +68,8 @@ class Freighter:
             return
         name = type(remote.module).__name__
         key = f"{name}-{next(self._numbers)}"
-        freight = Freight(key, remote.kind, name, pack(remote.as_built(), self._bank))
+        with remote.unpaged():
+            freight = Freight(key, remote.kind, name, pack(remote.as_built(), self._bank))
         if freight.model.copied_bytes and self._crew.ready():
             freight.stored = ray.put(freight.model)
         self._freights[remote.module] = freight

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import uuid
 import weakref
 from collections.abc import Callable, Iterator
@@ -306,6 +307,19 @@ class TestRemote:
         assert set(vars(built)) == set(vars(patcher.model))
         for name in ("model_lowvram", "model_loaded_weight_memory", "lowvram_patch_counter", "current_weight_patches_uuid"):
             assert getattr(built, name) == getattr(fresh, name)
+
+    def test_notes_of_dynamic_vram_stay_here(self, patcher: Any) -> None:
+        """They are addresses of this process; afterwards the layers have them again, whatever happened meanwhile."""
+        layer = patcher.model.diffusion_model.time_embed[0]
+        notes = dict.fromkeys(("_v", "_v_signature", "_v_weight", "_pin", "_pins", "_pin_state", "_prefetch",
+                               "weight_lowvram_function"), threading.Lock())
+        vars(layer).update(notes, weight_comfy_model_dtype=torch.float32)
+        before = dict(vars(layer))
+        with pytest.raises(ZeroDivisionError), RemoteModel(patcher).unpaged():
+            assert not set(notes) & set(vars(layer))
+            assert vars(layer)["weight_comfy_model_dtype"] == torch.float32
+            raise ZeroDivisionError
+        assert vars(layer) == before
 
     @pytest.mark.parametrize("change", [
         lambda patcher: patcher.add_patches(tiny.difference(patcher, 1)),

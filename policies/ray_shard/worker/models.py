@@ -49,15 +49,13 @@ def _over(weight: Any) -> torch.nn.Parameter:
 def cast_at_use(model: torch.nn.Module) -> None:
     """Prepares what ComfyUI with dynamic VRAM leaves in the file's dtype, and casts, for the classic patcher, which does not.
 
-    Layers cast at use; what no layer of ComfyUI's holds, some small parameters and buffers, is cast here. The host's notes of
-    its own pages are dropped.
+    Layers cast at use; what no layer of ComfyUI's holds, some small parameters and buffers, is cast here.
     """
     for layer in model.modules():
-        vars(layer).pop("_v", None)
         for leaf, value in [*layer._parameters.items(), *layer._buffers.items()]:
             wanted = getattr(layer, f"{leaf}_comfy_model_dtype", None)
             if value is not None:
-                vars(value).pop("_model_dtype", None)
+                vars(value).pop("_model_dtype", None)  # the host's note of what its pages hold
             if value is None or wanted in (None, value.dtype):
                 continue
             if hasattr(layer, "comfy_cast_weights") and leaf in ("weight", "bias"):

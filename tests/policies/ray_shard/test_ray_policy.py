@@ -6,6 +6,7 @@ import os
 import pickle
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -148,6 +149,9 @@ class Remote:
     def as_built(self) -> Any:
         self.asked += 1
         return self.built
+
+    def unpaged(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def token(self) -> object:
         return 1

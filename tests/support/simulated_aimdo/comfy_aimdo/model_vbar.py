@@ -19,6 +19,9 @@ class ModelVBAR:
         self.device, self.max_size, self.pages, self.watermark = device, size, [], size
         _ranges.append(self)
 
+    def __reduce__(self):
+        raise TypeError("addresses of this process are of no use in another")
+
     def prioritize(self):
         _ranges.remove(self)
         _ranges.append(self)
