@@ -38,8 +38,9 @@ class Pace:
         self.lots = always or 1
 
     @contextlib.contextmanager
-    def timed(self, total: int, q: torch.Tensor) -> Iterator[None]:
-        """The attention in the `with` is of so many tokens; `q` are this rank's queries, (batch, heads, tokens, dim)."""
+    def timed(self, total: int | tuple[int, int], q: torch.Tensor) -> Iterator[None]:
+        """The attention in the `with` is of so many tokens, and to so many; `q` are this rank's queries, (batch, heads, tokens,
+        dim)."""
         if self._always:
             yield
             return

@@ -40,6 +40,7 @@ class TokenParallel:
         shared: attention calls in which tokens were exchanged.
         whole: others: those of what every rank has whole.
         mask: of all tokens, for attentions that are given none, because the model would make it of its own tokens only.
+        parts: masks of attentions in which only part of the queries take part, and how these are spread.
     """
 
     def __init__(self, group: Exchange, shares: Sequence[float] | None = None, pace: Pace | None = None) -> None:
@@ -47,10 +48,11 @@ class TokenParallel:
         self._group = group
         self._pace = pace or Pace(group)
         self.rank = group.rank
-        self._layout: Layout | None = None
+        self._layouts: tuple[Layout, Layout] | None = None  # of queries; of keys and values
         self._inside = False
         self.shared = self.whole = 0
         self.mask: torch.Tensor | None = None
+        self.parts: dict[torch.Tensor, Layout] = {}
 
     def layout(self, *segments: int) -> Layout:
         """The ranks' parts of a sequence of so many tokens in each segment."""
@@ -59,13 +61,11 @@ class TokenParallel:
     @property
     def spread(self) -> Layout | None:
         """What attends is spread like this; None while every rank has all of it."""
-        return self._layout
+        return None if self._layouts is None else self._layouts[0]
 
     @spread.setter
     def spread(self, layout: Layout | None) -> None:
-        if layout is not None and not all(layout.lengths):
-            raise Unsuited(f"{layout.total} tokens are not enough for all workers")
-        self._layout = layout
+        self._layouts = None if layout is None else (_enough(layout), layout)
 
     def take(self, tensor: torch.Tensor, layout: Layout, dim: int = 1) -> torch.Tensor:
         """This rank's part of what has all tokens along `dim`.
@@ -82,14 +82,21 @@ class TokenParallel:
         whole = self._group.gather(tensor, dim, layout.lengths)
         return layout.join(torch.split(whole, layout.lengths, dim), dim) if len(layout.segments) > 1 else whole
 
-    @contextlib.contextmanager
-    def apart(self) -> Iterator[None]:
+    def apart(self) -> contextlib.AbstractContextManager[None]:
         """Attention in here is of each token to what every rank has whole, as a text."""
-        kept, self._layout = self._layout, None
+        return self._during(None)
+
+    def among(self, queries: Layout, keys: Layout) -> contextlib.AbstractContextManager[None]:
+        """Attention in here is of tokens that are spread like this, to tokens that may be spread in another way."""
+        return self._during((_enough(queries), _enough(keys)))
+
+    @contextlib.contextmanager
+    def _during(self, layouts: tuple[Layout, Layout] | None) -> Iterator[None]:
+        kept, self._layouts = self._layouts, layouts
         try:
             yield
         finally:
-            self._layout = kept
+            self._layouts = kept
 
     def over(self, theirs: Callable[..., torch.Tensor] | None) -> Callable[..., torch.Tensor]:
         """An override for an attention that already has one: theirs is asked on each rank, for that rank's heads."""
@@ -115,36 +122,38 @@ class TokenParallel:
             PeerLost: another rank did not take part.
         """
         func = functools.partial(func, attn_precision=attn_precision)
-        if self._inside or self._layout is None or self._group.world == 1:
+        if self._inside or self._layouts is None or self._group.world == 1:
             self.whole += not self._inside
             return func(q, k, v, heads, mask=mask, skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape, **kwargs)
         if not skip_reshape:
             q, k, v = (_by_head(tensor, q.shape[-1] // heads) for tensor in (q, k, v))
-        with self._pace.timed(self._layout.total, q):
-            out = self._exchanged(func, self._layout, (q, k, v), heads, mask, kwargs)
+        queries, keys = self._layouts
+        queries = queries if mask is None else self.parts.get(mask, queries)
+        with self._pace.timed((queries.total, keys.total), q):
+            out = self._exchanged(func, (queries, keys, keys), (q, k, v), heads, mask, kwargs)
         self.shared += 1
         return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
 
-    def _exchanged(self, func: Attention, layout: Layout, qkv: tuple[torch.Tensor, ...], heads: int, mask: torch.Tensor | None,
-                   kwargs: dict[str, Any]) -> torch.Tensor:
+    def _exchanged(self, func: Attention, layouts: tuple[Layout, ...], qkv: tuple[torch.Tensor, ...], heads: int,
+                   mask: torch.Tensor | None, kwargs: dict[str, Any]) -> torch.Tensor:
         """(batch, heads, this rank's tokens, dim) of each."""
-        mine = layout.lengths[self.rank]
-        if any(tensor.shape[2] != mine for tensor in qkv) or qkv[0].shape[1] != heads:
+        queries, mine = layouts[0], [layout.lengths[self.rank] for layout in layouts]
+        if [tensor.shape[2] for tensor in qkv] != mine or qkv[0].shape[1] != heads:
             raise Unsuited(f"an attention of {[tuple(tensor.shape) for tensor in qkv]} has not {mine} tokens of {heads} heads")
         qkv = self._grouped(qkv)
         mask, each = self.mask if mask is None else mask, heads // qkv[1].shape[1]
         lots = _lots(split(qkv[1].shape[1], self._shares), self._pace.lots)
-        started = [self._to_heads(layout, qkv, lot) for lot in lots]
+        started = [self._to_heads(layouts, qkv, lot) for lot in lots]
         returned = []
         for lot, arrived in zip(lots, started, strict=True):
             own = range(lot[self.rank].start * each, lot[self.rank].stop * each)
             out = self._own(func, arrived(), _of_heads(mask, heads, own), kwargs)
-            parts = [layout.take(out, other, 2).contiguous() for other in range(self._group.world)]
-            shapes = [(out.shape[0], len(theirs) * each, mine, out.shape[-1]) for theirs in lot]
+            parts = [queries.take(out, other, 2).contiguous() for other in range(self._group.world)]
+            shapes = [(out.shape[0], len(theirs) * each, mine[0], out.shape[-1]) for theirs in lot]
             returned.append(self._group.all_to_all(parts, shapes))
         return torch.cat([part for of_rank in zip(*(back() for back in returned), strict=True) for part in of_rank], 1)
 
-    def _to_heads(self, layout: Layout, qkv: tuple[torch.Tensor, ...],
+    def _to_heads(self, layouts: tuple[Layout, ...], qkv: tuple[torch.Tensor, ...],
                   lot: Sequence[range]) -> Callable[[], list[torch.Tensor]]:
         """Begins an exchange; what is returned waits, and has (batch, heads, all tokens, dim) of each of the three, of those
         heads of keys that are this rank's in the lot."""
@@ -152,14 +161,15 @@ class TokenParallel:
         parts = [torch.cat([tensor[:, heads.start * many:heads.stop * many].flatten()
                             for tensor, many in zip(qkv, each, strict=True)]) for heads in lot]
         shapes = [[(tensor.shape[0], len(lot[self.rank]) * many, length, tensor.shape[-1])
-                   for tensor, many in zip(qkv, each, strict=True)] for length in layout.lengths]
+                   for tensor, many, length in zip(qkv, each, lengths, strict=True)]
+                  for lengths in zip(*(layout.lengths for layout in layouts), strict=True)]
         sizes = [[math.prod(shape) for shape in three] for three in shapes]
         received = self._group.all_to_all(parts, [[sum(three)] for three in sizes])
 
         def arrived() -> list[torch.Tensor]:
             pieces = [[piece.view(shape) for piece, shape in zip(torch.split(part, size), three, strict=True)]
                       for part, size, three in zip(received(), sizes, shapes, strict=True)]
-            return [layout.join(of_ranks, 2) for of_ranks in zip(*pieces, strict=True)]
+            return [layout.join(of_ranks, 2) for layout, of_ranks in zip(layouts, zip(*pieces, strict=True), strict=True)]
 
         return arrived
 
@@ -185,6 +195,12 @@ class TokenParallel:
         if group > 1 and k.shape[1] < self._group.world:
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         return q, k, v
+
+
+def _enough(layout: Layout) -> Layout:
+    if not all(layout.lengths):
+        raise Unsuited(f"{layout.total} tokens are not enough for all workers")
+    return layout
 
 
 def _by_head(tensor: torch.Tensor, dim: int) -> torch.Tensor:

@@ -45,10 +45,11 @@ def instead(owner: Any, name: str, around: Around, needs: Sequence[str] = ()) ->
 
 
 @contextlib.contextmanager
-def across(tokens: TokenParallel, blocks: Sequence[Any], *names: str) -> Iterator[None]:
-    """These modules of the blocks attend to what every rank has whole, as a text."""
+def within(blocks: Sequence[Any], names: Sequence[str], context: Callable[[], contextlib.AbstractContextManager[None]]
+           ) -> Iterator[None]:
+    """These modules of the blocks, where they are, run in such a context."""
     def around(forward: Callable[[], Any], _: Arguments) -> Any:
-        with tokens.apart():
+        with context():
             return forward()
 
     with contextlib.ExitStack() as stack:
@@ -57,6 +58,11 @@ def across(tokens: TokenParallel, blocks: Sequence[Any], *names: str) -> Iterato
                 if (module := getattr(block, name, None)) is not None:
                     stack.enter_context(instead(module, "forward", around))
         yield
+
+
+def across(tokens: TokenParallel, blocks: Sequence[Any], *names: str) -> contextlib.AbstractContextManager[None]:
+    """These modules of the blocks attend to what every rank has whole, as a text."""
+    return within(blocks, names, tokens.apart)
 
 
 class Spread:
