@@ -14,6 +14,7 @@ from .cosmos import cosmos
 from .flux import flux, radiance
 from .hidream import hidream
 from .kandinsky import kandinsky
+from .ltx import ltxav, ltxv
 from .lumina import lumina
 from .minimax import minimax
 from .qwen import qwen
@@ -30,6 +31,8 @@ FAMILIES: dict[tuple[str, str], Family] = {
     ("comfy.ldm.flux.model", "Flux"): flux,
     ("comfy.ldm.hidream.model", "HiDreamImageTransformer2DModel"): hidream,
     ("comfy.ldm.kandinsky5.model", "Kandinsky5"): kandinsky,
+    ("comfy.ldm.lightricks.av_model", "LTXAVModel"): ltxav,
+    ("comfy.ldm.lightricks.model", "LTXVModel"): ltxv,
     ("comfy.ldm.lumina.model", "NextDiT"): lumina,
     ("comfy.ldm.lumina.model", "NextDiTPixelSpace"): lumina,
     ("comfy.ldm.minimax.model", "MiniMaxH3Model"): minimax,
