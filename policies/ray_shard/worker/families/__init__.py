@@ -19,7 +19,8 @@ from .lumina import lumina
 from .minimax import minimax
 from .qwen import qwen
 from .sd3 import sd3
-from .wan import wan
+from .wan import vace, wan
+from .wan_frames import animate, dancer, humo, s2v
 
 Family = Callable[[Any, TokenParallel], AbstractContextManager[None]]
 
@@ -39,7 +40,15 @@ FAMILIES: dict[tuple[str, str], Family] = {
     ("comfy.ldm.modules.diffusionmodules.mmdit", "MMDiT"): sd3,
     ("comfy.ldm.modules.diffusionmodules.mmdit", "OpenAISignatureMMDITWrapper"): sd3,
     ("comfy.ldm.qwen_image.model", "QwenImageTransformer2DModel"): qwen,
+    ("comfy.ldm.wan.model", "CameraWanModel"): wan,
+    ("comfy.ldm.wan.model", "HumoWanModel"): humo,
+    ("comfy.ldm.wan.model", "SCAIL2WanModel"): wan,
+    ("comfy.ldm.wan.model", "SCAILWanModel"): wan,
+    ("comfy.ldm.wan.model", "VaceWanModel"): vace,
     ("comfy.ldm.wan.model", "WanModel"): wan,
+    ("comfy.ldm.wan.model", "WanModel_S2V"): s2v,
+    ("comfy.ldm.wan.model_animate", "AnimateWanModel"): animate,
+    ("comfy.ldm.wan.model_wandancer", "WanDancerModel"): dancer,
 }
 
 

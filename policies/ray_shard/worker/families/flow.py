@@ -104,22 +104,27 @@ class Spread:
                 stack.enter_context(instead(block, "forward", self._block(block is blocks[0], ends),
                                             (*self._streams, *self._follow)))
             if last is not None:
-                stack.enter_context(instead(last, "forward", functools.partial(self._last, stream)))
+                stack.enter_context(instead(last, "forward", functools.partial(self.last, stream)))
             yield
 
     def _block(self, begins: bool, ends: bool) -> Around:
         def around(forward: Callable[[], Any], arguments: Arguments) -> Any:
             if begins:
                 self.start(arguments)
-            for name, dim in self._follow.items():
-                arguments[name] = self.once(name, arguments[name], functools.partial(self._cut, dim=dim))
-            if self._each is not None:
-                self._each(self, arguments)
+            self.follow(arguments)
             return self._finish(forward()) if ends else forward()
 
         return around
 
-    def _last(self, stream: str, forward: Callable[[], Any], arguments: Arguments) -> Any:
+    def follow(self, arguments: Arguments) -> None:
+        """Spreads what has a value for each token, among a block's arguments."""
+        for name, dim in self._follow.items():
+            arguments[name] = self.once(name, arguments[name], functools.partial(self._cut, dim=dim))
+        if self._each is not None:
+            self._each(self, arguments)
+
+    def last(self, stream: str, forward: Callable[[], Any], arguments: Arguments) -> Any:
+        """Gathers what a module that comes after the blocks makes of a stream, of the first by default."""
         if self._each is not None:
             self._each(self, arguments)
         return self.gather(forward(), stream)

@@ -1,22 +1,48 @@
-"""Wan 2.1 and 2.2."""
+"""Wan 2.1 and 2.2, with references, poses, a camera, and VACE's hints."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..tokens import TokenParallel
-from .flow import Arguments, Spread, across
+from .flow import Arguments, Spread, across, instead
 
 
 @contextlib.contextmanager
 def wan(model: Any, tokens: TokenParallel) -> Iterator[None]:
     """Spread over the blocks, and gathered after the head."""
+    with spread_wan(model, tokens):
+        yield
+
+
+@contextlib.contextmanager
+def vace(model: Any, tokens: TokenParallel) -> Iterator[None]:
+    """As Wan. Hints have as many tokens as the video, and blocks of their own, of which the first adds the video to them."""
+    blocks = list(getattr(model, "vace_blocks", []))
+    with spread_wan(model, tokens) as spread, across(tokens, blocks, "cross_attn"), contextlib.ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(instead(block, "forward", partial(_hint, spread, block is blocks[0]), ("c", "x", "kwargs")))
+        yield
+
+
+@contextlib.contextmanager
+def spread_wan(model: Any, tokens: TokenParallel) -> Iterator[Spread]:
+    """The blocks and the head that all of the kind have."""
     spread = Spread(tokens, ["x"], {"freqs": 1}, each=_times)
     with spread.over(model.blocks, model.head), across(tokens, model.blocks, "cross_attn"):
-        yield
+        yield spread
+
+
+def _hint(spread: Spread, begins: bool, forward: Callable[[], Any], arguments: Arguments) -> Any:
+    if begins:
+        arguments["c"] = spread.tokens.take(arguments["c"], spread.whole)
+        arguments["x"] = spread.once("x", arguments["x"], lambda video: spread.tokens.take(video, spread.whole))
+    spread.follow(arguments["kwargs"])
+    return forward()
 
 
 def _times(spread: Spread, arguments: Arguments) -> None:
