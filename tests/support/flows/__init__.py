@@ -3,8 +3,8 @@ from __future__ import annotations
 
 from support.families import Family
 
-from . import chroma, cosmos, flux, hidream, kandinsky, ltx, lumina, minimax, qwen, sd3, wan, wan_frames
+from . import chroma, cosmos, flux, hidream, hunyuan, kandinsky, ltx, lumina, minimax, qwen, sd3, wan, wan_frames
 
 CASES: dict[str, Family] = {
-    case: family for module in (chroma, cosmos, flux, hidream, kandinsky, ltx, lumina, minimax, qwen, sd3, wan, wan_frames)
+    case: family for module in (chroma, cosmos, flux, hidream, hunyuan, kandinsky, ltx, lumina, minimax, qwen, sd3, wan, wan_frames)
     for case, family in module.CASES.items()}
