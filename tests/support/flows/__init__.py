@@ -5,6 +5,5 @@ from support.families import Family
 
 from . import chroma, cosmos, flux, hidream, hunyuan, kandinsky, ltx, lumina, minimax, qwen, sd3, wan, wan_frames
 
-CASES: dict[str, Family] = {
-    case: family for module in (chroma, cosmos, flux, hidream, hunyuan, kandinsky, ltx, lumina, minimax, qwen, sd3, wan, wan_frames)
-    for case, family in module.CASES.items()}
+MODULES = (chroma, cosmos, flux, hidream, hunyuan, kandinsky, ltx, lumina, minimax, qwen, sd3, wan, wan_frames)
+CASES: dict[str, Family] = {case: family for module in MODULES for case, family in module.CASES.items()}

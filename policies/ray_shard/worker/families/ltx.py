@@ -11,7 +11,7 @@ import torch
 
 from ..layout import Layout
 from ..tokens import TokenParallel, Unsuited
-from .flow import Arguments, instead, within
+from .flow import Arguments, enough, instead, within
 
 
 class Stream:
@@ -31,8 +31,8 @@ class Stream:
         """Spreads them; there may be none."""
         self.frames.clear()
         self.layout = self._tokens.layout(*segments)
-        if self.layout.total and not all(self.layout.lengths):
-            raise Unsuited(f"{self.layout.total} tokens are not enough for all workers")
+        if self.layout.total:
+            enough(self.layout)
 
     def take(self, tensor: torch.Tensor, dim: int = 1) -> torch.Tensor:
         return self._tokens.take(tensor, self.layout, dim)
