@@ -14,7 +14,7 @@ TOLERANCE = 2e-5
 @pytest.fixture(scope="module")
 def ranks() -> list[dict[str, dict[str, Any]]]:
     """What four processes found, each started once for all ways and cases."""
-    return ranks_of("token_ranks", 4, len(WAYS) + 1)
+    return ranks_of("token_ranks", 4, len(WAYS) + 1, seconds=600)
 
 
 @pytest.mark.parametrize("way", WAYS)
