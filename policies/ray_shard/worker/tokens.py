@@ -41,6 +41,7 @@ class TokenParallel:
         whole: others: those of what every rank has whole.
         mask: of all tokens, for attentions that are given none, because the model would make it of its own tokens only.
         parts: masks of attentions in which only part of the queries take part, and how these are spread.
+        before: keys and values that every rank has whole, before those of the tokens that are spread.
     """
 
     def __init__(self, group: Exchange, shares: Sequence[float] | None = None, pace: Pace | None = None) -> None:
@@ -53,6 +54,7 @@ class TokenParallel:
         self.shared = self.whole = 0
         self.mask: torch.Tensor | None = None
         self.parts: dict[torch.Tensor, Layout] = {}
+        self.before = 0
 
     def layout(self, *segments: int) -> Layout:
         """The ranks' parts of a sequence of so many tokens in each segment."""
@@ -138,16 +140,23 @@ class TokenParallel:
                    mask: torch.Tensor | None, kwargs: dict[str, Any]) -> torch.Tensor:
         """(batch, heads, this rank's tokens, dim) of each."""
         queries, mine = layouts[0], [layout.lengths[self.rank] for layout in layouts]
-        if [tensor.shape[2] for tensor in qkv] != mine or qkv[0].shape[1] != heads:
+        whole = (0, self.before, self.before)
+        if [tensor.shape[2] - length for tensor, length in zip(qkv, whole, strict=True)] != mine or qkv[0].shape[1] != heads:
             raise Unsuited(f"an attention of {[tuple(tensor.shape) for tensor in qkv]} has not {mine} tokens of {heads} heads")
         qkv = self._grouped(qkv)
+        kept = [tensor[:, :, :length] for tensor, length in zip(qkv, whole, strict=True)]
+        qkv = tuple(tensor[:, :, length:] for tensor, length in zip(qkv, whole, strict=True))
         mask, each = self.mask if mask is None else mask, heads // qkv[1].shape[1]
         lots = _lots(split(qkv[1].shape[1], self._shares), self._pace.lots)
         started = [self._to_heads(layouts, qkv, lot) for lot in lots]
         returned = []
         for lot, arrived in zip(lots, started, strict=True):
             own = range(lot[self.rank].start * each, lot[self.rank].stop * each)
-            out = self._own(func, arrived(), _of_heads(mask, heads, own), kwargs)
+            taken = arrived()
+            if self.before:
+                taken[1:] = [torch.cat([tensor[:, lot[self.rank].start:lot[self.rank].stop], rest], 2)
+                             for tensor, rest in zip(kept[1:], taken[1:], strict=True)]
+            out = self._own(func, taken, _of_heads(mask, heads, own), kwargs)
             parts = [queries.take(out, other, 2).contiguous() for other in range(self._group.world)]
             shapes = [(out.shape[0], len(theirs) * each, mine[0], out.shape[-1]) for theirs in lot]
             returned.append(self._group.all_to_all(parts, shapes))

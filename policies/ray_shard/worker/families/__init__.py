@@ -13,6 +13,7 @@ from ..tokens import TokenParallel
 from .cosmos import cosmos
 from .flux import flux, radiance
 from .hidream import hidream
+from .hidream_o1 import hidream_o1
 from .hunyuan import hunyuan
 from .kandinsky import kandinsky
 from .ltx import ltxav, ltxv
@@ -32,6 +33,7 @@ FAMILIES: dict[tuple[str, str], Family] = {
     ("comfy.ldm.cosmos.predict2", "MiniTrainDIT"): cosmos,
     ("comfy.ldm.flux.model", "Flux"): flux,
     ("comfy.ldm.hidream.model", "HiDreamImageTransformer2DModel"): hidream,
+    ("comfy.ldm.hidream_o1.model", "HiDreamO1Transformer"): hidream_o1,
     ("comfy.ldm.hunyuan_video.model", "HunyuanVideo"): hunyuan,
     ("comfy.ldm.kandinsky5.model", "Kandinsky5"): kandinsky,
     ("comfy.ldm.lightricks.av_model", "LTXAVModel"): ltxav,
