@@ -9,6 +9,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .identity import Identity
+from .likeness import Likeness
 from .provenance import FileChanged, Provenance, extent
 
 
@@ -21,6 +22,7 @@ class Maps:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._mapped: dict[tuple[str, Identity], StorageWeakRef] = {}
+        self._alike: dict[tuple[str, Identity], Identity] = {}  # what a file of another machine's is here
 
     def file(self, path: str, identity: Identity) -> torch.UntypedStorage:
         """The bytes of a whole file.
@@ -28,8 +30,9 @@ class Maps:
         Raises:
             FileChanged: there is no such file, or it is not the one with this identity.
         """
-        key = path, identity
         with self._lock:
+            identity = self._alike.get((path, identity), identity)
+            key = path, identity
             _verify(path, identity)
             known = _alive(self._mapped.get(key))
             if known is not None:
@@ -51,6 +54,21 @@ class Maps:
             return view(self.file(found.path, found.identity), found.offset, dtype, shape, stride)
         except ValueError as error:
             raise ValueError(f"{found.path}: {error}") from None
+
+    def accept(self, identity: Identity, likeness: Likeness) -> bool:
+        """Takes the file under this path for the one that another machine has under it, if it is like that one. It must not
+        change from then on.
+
+        Args:
+            identity: there.
+        """
+        here = likeness.here()
+        with self._lock:
+            if here is None:
+                self._alike.pop((likeness.path, identity), None)
+            else:
+                self._alike[likeness.path, identity] = here
+        return here is not None
 
     def paths(self) -> list[str]:
         """The files that are mapped now."""
