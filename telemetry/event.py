@@ -58,7 +58,7 @@ NAMES = frozenset({
     "rescue.failed",        # what, model, attempts, freed_bytes, error: repeating did not help
     "shard.started",        # workers: their devices, grouped: whether they exchange tensors, seconds
     "shard.broken",         # reason: there are no workers, and everything is computed here
-    "shard.loaded",         # model, workers, mapped_bytes, copied_bytes, seconds
+    "shard.loaded",         # model, workers, mapped_bytes, copied_bytes, seconds; sent_bytes by other host that lacks files
     "shard.patched",        # model, workers, seconds
     "shard.demoted",        # model, way: rows, heads or tiles, which is not taken, or local, which was; reason
     "shard.finished",       # of a prompt: calls by way, sent_bytes, received_bytes; of the slowest worker compute_seconds and

@@ -80,9 +80,14 @@ class RayShard(Policy):
         wanted = self.settings.workers or (WorkerSettings(),) * len(there)
         if not self.settings.workers and len(there) < 2:
             raise Unfit(f"workers = \"auto\" is one for each accelerator, and here {'is one' if there else 'are none'}")
-        free = iter([device for device in there if device not in {one.device for one in wanted}])
+        abroad = [one.host for one in wanted if one.host]
+        if abroad and self.settings.is_local:
+            raise Unfit(f"host = \"{abroad[0]}\" is a machine of a Ray cluster: write address = \"auto\" beside workers, or "
+                        "the address of the cluster's head, such as \"192.168.1.2:6379\"")
+        free = iter([device for device in there if device not in {one.device for one in wanted if not one.host}])
         found = [replace(one, device=one.device or next(free, "" if there else "cpu")) for one in wanted]
-        missing = {one.device for one in found if one.device != "cpu" and one.device not in there}
+        # What another host has, only a worker there can tell.
+        missing = {one.device for one in found if not one.host and one.device != "cpu" and one.device not in there}
         if missing:
             named = ", ".join(sorted(missing - {""})) or f"{len(found)} workers"
             raise Unfit(f"{named} cannot be had: the devices here are {', '.join(there) or 'the CPU alone'}")

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import psutil
@@ -68,19 +68,66 @@ def disconnect() -> None:
         ray.shutdown()
 
 
-def on_this_machine() -> NodeAffinitySchedulingStrategy:
-    """Where in a cluster a worker has to be: it maps this machine's files."""
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+def on(node: str) -> NodeAffinitySchedulingStrategy:
+    """There, and nowhere else."""
+    return NodeAffinitySchedulingStrategy(node, soft=False)
 
 
-def environment(device: str) -> tuple[Mapping[str, str | None], str]:
-    """(what a worker's process must find in its environment, and what not (None), what its device is called there)."""
+def nodes(hosts: Iterable[str]) -> dict[str, str]:
+    """What Ray calls these hosts, of which "" is this machine.
+
+    Args:
+        hosts: addresses or names, as `ray status` has them.
+
+    Raises:
+        LookupError: the cluster has no such host, or several.
+    """
+    found, alive = dict[str, str](), list[dict[str, Any]]()
+    for host in set(hosts):
+        if not host:
+            found[host] = ray.get_runtime_context().get_node_id()
+            continue
+        alive = alive or [node for node in ray.nodes() if node["Alive"]]
+        ours = [node for node in alive if node["NodeManagerAddress"] == host] or [
+            node for node in alive if host in (node.get("NodeName"), node["NodeManagerHostname"])]
+        if len(ours) != 1:
+            there = ", ".join(f"{node['NodeManagerAddress']} ({node['NodeManagerHostname']})" for node in alive)
+            raise LookupError(f"{'several hosts are' if ours else 'no host is'} called {host!r} in the Ray cluster, whose "
+                              f"hosts are {there}")
+        found[host] = ours[0]["NodeID"]
+    return found
+
+
+def others(hosts: Iterable[str]) -> dict[str, str]:
+    """The addresses of these hosts by their names in the settings; "" of this machine, whatever it is called.
+
+    Raises:
+        LookupError: the cluster has no such host, or several.
+    """
+    hosts = set(hosts)
+    if hosts == {""}:
+        return {"": ""}
+    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+    addresses[ray.get_runtime_context().get_node_id()] = ""
+    return {host: addresses[node] for host, node in nodes(hosts).items()}
+
+
+def environment(device: str, around: Mapping[str, str] | None = None) -> tuple[Mapping[str, str | None], str]:
+    """(what a worker's process must find in its environment, and what not (None), what its device is called there).
+
+    Args:
+        around: the environment on the worker's host, where that is another one.
+
+    Raises:
+        IndexError: the environment shows no such device.
+    """
     kind, _, index = device.partition(":")
     alone = {"RESIDENCY_DISABLE": "1"}
     if kind != "cuda":
         return alone, device
-    names, below = (_HIP, {_ROCR: os.environ.get(_ROCR)}) if torch.version.hip else (_CUDA, {})
-    seen = next(filter(None, map(os.environ.get, names)), None)
+    around = os.environ if around is None else around
+    names, below = (_HIP, {_ROCR: around.get(_ROCR)}) if torch.version.hip else (_CUDA, {})
+    seen = next(filter(None, map(around.get, names)), None)
     chosen = seen.split(",")[int(index or 0)].strip() if seen else index or "0"
     return {**alone, **below, **dict.fromkeys(names, chosen)}, "cuda:0"
 

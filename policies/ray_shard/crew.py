@@ -12,14 +12,12 @@ from typing import Any
 import ray
 
 from ...telemetry import emit, log
-from . import actor as actor_module
-from . import cluster
+from . import cluster, launching
 from .settings import Settings, WorkerSettings
 from .workers import Lost, Worker, answer_of, in_a_line, is_dead
 
 _POLL = 0.05  # seconds between two looks at the user's Cancel
 _GRACE = 10.0  # seconds that a cancelled worker has to end its step
-_START = 240.0  # seconds
 _HELD = ("private_bytes", "shared_bytes", "free_bytes")
 
 
@@ -118,7 +116,7 @@ class Crew:
     def lose(self, workers: Sequence[Worker], why: str) -> None:
         """Replaces workers, in the background."""
         for worker in workers:
-            emit("worker.lost", worker=worker.rank, device=worker.device, reason=why)
+            emit("worker.lost", worker=worker.rank, device=worker.place, reason=why)
         self._change(partial(self._replace, workers))
 
     def tell(self, what: str, *arguments: Any) -> None:
@@ -169,26 +167,14 @@ class Crew:
         started = time.perf_counter()
         namespace = "residency" if self._settings.detached else f"residency-{os.getpid()}"
         self._connected = cluster.connect(self._settings, namespace)
-        self._workers = [Worker(rank, one.device, one.weight) for rank, one in enumerate(self._devices)]
+        hosts = cluster.others(one.host for one in self._devices)
+        self._workers = [Worker(rank, one.device, one.weight, host=hosts[one.host]) for rank, one in enumerate(self._devices)]
         self._spawn(self._workers)
-        emit("shard.started", workers=[worker.device for worker in self._workers], grouped=self.grouped,
+        emit("shard.started", workers=[worker.place for worker in self._workers], grouped=self.grouped,
              seconds=time.perf_counter() - started)
 
     def _spawn(self, workers: Sequence[Worker]) -> None:
-        ray.cloudpickle.register_pickle_by_value(actor_module)
-        made = ray.remote(num_cpus=0, max_restarts=0, concurrency_groups={"beside": 2},
-                          scheduling_strategy=cluster.on_this_machine())(actor_module.Actor)
-        twin, starting = self._twin(), {}
-        if all(worker.device == "cpu" for worker in self._workers):  # they share the cores
-            twin["threads"] = max(1, twin["threads"] // len(self._workers))
-        for worker in workers:
-            environment, device = cluster.environment(worker.device)
-            named = {"name": f"worker-{worker.rank}", "lifetime": "detached", "get_if_exists": True}
-            worker.handle = made.options(**named if self._settings.detached else {}).remote(dict(environment))
-            options = {"device": device, "orphan": self._settings.detached, "ffn_chunks": self._settings.ffn_chunks}
-            starting[worker] = worker.handle.start.remote(twin, options)
-        for worker, reference in starting.items():
-            worker.about = ray.get(reference, timeout=_START)
+        launching.launch(self._settings, self._twin(), self._workers, workers)
         self._group()
 
     def _group(self) -> None:
@@ -197,12 +183,7 @@ class Crew:
         if not self._settings.together or len(self._workers) < 2:
             return
         try:
-            ray.get([worker.tell("about") for worker in self._workers], timeout=_GRACE)  # none is dead, and replaced later
-            address = ray.get(self._workers[0].tell("address", self._settings.is_local), timeout=_GRACE)
-            shares = [worker.weight for worker in self._workers]
-            joining = [worker.ask("join", rank, address, shares, self._settings.timeout_seconds, self._settings.self_test)
-                       for rank, worker in enumerate(self._workers)]
-            ray.get(joining, timeout=self._settings.timeout_seconds)
+            launching.meet(self._settings, self._workers)
             self.grouped = True
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
             emit("shard.demoted", model="all", way="together", reason=f"the workers did not meet: {in_a_line(error)}")
@@ -216,7 +197,7 @@ class Crew:
             worker.forget()
         self._spawn(workers)
         for worker in workers:
-            emit("worker.replaced", worker=worker.rank, device=worker.device, seconds=time.perf_counter() - started)
+            emit("worker.replaced", worker=worker.rank, device=worker.place, seconds=time.perf_counter() - started)
 
     def _call_off(self, asked: Mapping[Worker, Any], regroup: bool) -> None:
         """Lets cancelled workers end their step; who does not is replaced. They meet again, if they will not anyway."""

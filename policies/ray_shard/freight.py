@@ -4,7 +4,7 @@ from __future__ import annotations
 import itertools
 import pickle
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary, finalize
@@ -16,7 +16,9 @@ from ...telemetry import emit
 from ..files.bank import Bank
 from ..files.provenance import FileChanged
 from ..models import Remote
+from .abroad import Supply, sent_bytes
 from .crew import Crew
+from .packing import SourceFile
 from .parcels import Parcel, pack
 from .workers import Worker
 
@@ -33,6 +35,7 @@ class Freight:
         key: what the workers call it.
         kind: `Remote.kind`.
         stored: a reference to its parcel, once it is in Ray's store.
+        supply, patched: of its files, and of those of what is patched, for workers that lack them.
         digest: of what is patched.
         token: what the host said when that was pickled.
     """
@@ -42,7 +45,9 @@ class Freight:
     name: str
     model: Parcel
     stored: Any = None
+    supply: Supply = field(default_factory=Supply)
     patches: Any = None
+    patched: Supply = field(default_factory=Supply)
     digest: str = ""
     token: object = field(default_factory=object)
 
@@ -69,9 +74,10 @@ class Freighter:
         name = type(remote.module).__name__
         key = f"{name}-{next(self._numbers)}"
         with remote.unpaged():
-            freight = Freight(key, remote.kind, name, pack(remote.as_built(), self._bank))
-        if freight.model.copied_bytes and self._crew.ready():
-            freight.stored = ray.put(freight.model)
+            parcel = pack(remote.as_built(), self._bank)
+        freight = Freight(key, remote.kind, name, parcel, supply=Supply(parcel.files))
+        if parcel.copied_bytes and self._crew.ready():
+            freight.stored = ray.put(parcel)
         self._freights[remote.module] = freight
         finalize(remote.module, self._crew.tell, "forget", key)
 
@@ -101,8 +107,7 @@ class Freighter:
         other = [worker for worker in workers if worker.models[freight.key] != freight.digest]
         if other:
             started = time.perf_counter()
-            asked = {worker: worker.ask("patch", freight.key, freight.digest, freight.patches) for worker in other}
-            self._crew.gather(asked, _LOADING)
+            self._send(freight.patched, other, "patch", freight.key, freight.digest, freight.patches)
             for worker in other:
                 worker.models[freight.key] = freight.digest
             emit("shard.patched", model=freight.name, workers=len(other), seconds=time.perf_counter() - started)
@@ -115,16 +120,24 @@ class Freighter:
         parcel = pack(remote.patches(), self._bank, known=remote.known())
         digest = parcel.digest()
         if digest != freight.digest:
-            freight.patches, freight.digest = ray.put(parcel), digest
+            freight.patches, freight.patched, freight.digest = ray.put(parcel), Supply(parcel.files), digest
         freight.token = token
 
     def _load(self, freight: Freight, workers: Sequence[Worker]) -> None:
         started = time.perf_counter()
         if freight.stored is None:
             freight.stored = ray.put(freight.model)
-        asked = {worker: worker.ask("load", freight.key, freight.kind, freight.stored) for worker in workers}
-        self._crew.gather(asked, _LOADING)
+        lacking = self._send(freight.supply, workers, "load", freight.key, freight.kind, freight.stored)
         for worker in workers:
             worker.models[freight.key] = ""
         emit("shard.loaded", model=freight.name, workers=len(workers), mapped_bytes=freight.model.mapped_bytes,
-             copied_bytes=freight.model.copied_bytes, seconds=time.perf_counter() - started)
+             copied_bytes=freight.model.copied_bytes, seconds=time.perf_counter() - started,
+             **({"sent_bytes": sent_bytes(lacking)} if any(lacking.values()) else {}))
+
+    def _send(self, supply: Supply, workers: Sequence[Worker], what: str,
+              *arguments: Any) -> Mapping[Worker, Sequence[SourceFile]]:
+        """Asks workers to take a parcel, each with what it lacks of the parcel's files, which is returned."""
+        lacking = supply.lacking(self._crew, workers)
+        asked = {worker: worker.ask(what, *arguments, *map(supply.reference, lacking.get(worker, ()))) for worker in workers}
+        self._crew.gather(asked, _LOADING)
+        return lacking

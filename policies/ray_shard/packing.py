@@ -11,11 +11,11 @@ import numpy
 import torch
 from ray import cloudpickle
 
-from ..files.identity import Identity
 from ..files.parameters import is_plain
-from ..files.provenance import Finder
+from ..files.provenance import Finder, extent
 from ..files.subclasses import has_own_memory, memory
 from . import rebuilding
+from .rebuilding import FileName
 
 SMALL = 4096  # bytes; less travels among the pickled bytes
 SHARED_FROM = 2**20  # bytes; a parameter by value of this size is read where the store has it
@@ -25,14 +25,19 @@ _HOOKS = ("__new__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate_
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file in a parcel. Pickle sends one object once, so it is looked at once where it arrives, not for each tensor."""
+    """A file that tensors of a parcel lie in.
 
-    path: str
-    identity: Identity
+    Attributes:
+        places: (bytes from the file's start, bytes, whether it is a large parameter) of each.
+    """
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        identity = self.identity
-        return rebuilding.mapped, (self.path, identity.device, identity.inode, identity.size, identity.mtime_ns)
+    name: FileName
+    places: tuple[tuple[int, int, bool], ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tensors."""
+        return sum(size for _, size, _ in self.places)
 
 
 class Packer(cloudpickle.Pickler):  # type: ignore[misc]  # Ray's copy of cloudpickle has no types
@@ -42,7 +47,7 @@ class Packer(cloudpickle.Pickler):  # type: ignore[misc]  # Ray's copy of cloudp
         self.stream = io.BytesIO()
         super().__init__(self.stream, protocol=5, buffer_callback=self._take)
         self._finder, self._known = finder, known
-        self.files: dict[tuple[str, Identity], SourceFile] = {}
+        self._files: dict[FileName, dict[tuple[int, int], bool]] = {}
         self.buffers: list[Any] = []
         self.weights: list[bool] = []
         self.mapped_bytes = self.copied_bytes = 0
@@ -60,8 +65,13 @@ class Packer(cloudpickle.Pickler):  # type: ignore[misc]  # Ray's copy of cloudp
         self._shared.discard(id(buffer))
         return False
 
-    def persistent_id(self, value: Any) -> str | None:
-        return self._known.get(id(value))
+    def files(self) -> tuple[SourceFile, ...]:
+        """Those that tensors were found in."""
+        return tuple(SourceFile(name, tuple((*place, shared) for place, shared in sorted(places.items())))
+                     for name, places in self._files.items())
+
+    def persistent_id(self, value: Any) -> Any:
+        return tuple(value) if type(value) is FileName else self._known.get(id(value))
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -108,10 +118,11 @@ class Packer(cloudpickle.Pickler):  # type: ignore[misc]  # Ray's copy of cloudp
         """What holds the bytes, and (byte offset, dtype, shape, stride) of the tensor in it."""
         found = self._finder.find(tensor) if self._finder is not None else None
         if found is not None:
-            key = found.path, found.identity
-            file = self.files.setdefault(key, SourceFile(*key))
+            name, shape, stride = FileName.of(found.path, found.identity), tuple(tensor.shape), tensor.stride()
+            places, place = self._files.setdefault(name, {}), (found.offset, extent(tensor.element_size(), shape, stride))
+            places[place] = places.get(place, True) and weight and place[1] >= SHARED_FROM
             self.mapped_bytes += tensor.nbytes
-            return file, found.offset, tensor.dtype, tuple(tensor.shape), tensor.stride()
+            return name, found.offset, tensor.dtype, shape, stride
         flat, stride = _bytes(tensor)
         self.copied_bytes += flat.nbytes
         buffer = pickle.PickleBuffer(flat.numpy())  # type: ignore[arg-type]

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..files.bank import Bank
 from ..files.provenance import Finder
 from . import rebuilding
-from .packing import Packer
-from .rebuilding import Unpacker
+from .packing import Packer, SourceFile
+from .rebuilding import Pieces, Unpacker
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Parcel:
         weights: for each buffer, whether it is a large parameter's.
         mapped_bytes: of tensors that travel as a place in a file.
         copied_bytes: of tensors that travel by value.
-        files: what must be there, unchanged, where it is unpacked.
+        files: what must be there, unchanged, where it is unpacked, or be sent.
     """
 
     data: bytes
@@ -37,7 +37,7 @@ class Parcel:
     weights: tuple[bool, ...]
     mapped_bytes: int
     copied_bytes: int
-    files: tuple[str, ...]
+    files: tuple[SourceFile, ...]
 
     def digest(self) -> str:
         """Of all that is in it, tensors too."""
@@ -62,10 +62,10 @@ def pack(value: Any, bank: Bank | None = None, known: Mapping[int, str] | None =
     packer = Packer(Finder(bank) if files else None, known or {})
     packer.dump(value)
     return Parcel(packer.stream.getvalue(), packer.buffers, tuple(packer.weights), packer.mapped_bytes, packer.copied_bytes,
-                  tuple(sorted({file.path for file in packer.files.values()})))
+                  packer.files())
 
 
-def unpack(parcel: Parcel, writable: bool = False, known: Mapping[str, Any] | None = None) -> Any:
+def unpack(parcel: Parcel, writable: bool = False, known: Mapping[str, Any] | None = None, sent: Sequence[Pieces] = ()) -> Any:
     """The object again. Mapped tensors are this process's own to write to: written pages become private.
 
     Args:
@@ -74,6 +74,7 @@ def unpack(parcel: Parcel, writable: bool = False, known: Mapping[str, Any] | No
             the process** (SIGSEGV), so whoever patches weights in place copies them first. Smaller ones, and tensors that are
             no parameters, are always copied.
         known: what the sender called by these names.
+        sent: what is used of files that are not here, to be read as what came by value.
 
     Raises:
         FileChanged: a file is not the one that the weights were mapped from.
@@ -83,4 +84,4 @@ def unpack(parcel: Parcel, writable: bool = False, known: Mapping[str, Any] | No
         raise ValueError(f"a parcel with {len(parcel.buffers)} buffers says what {len(parcel.weights)} are")
     buffers = [buffer if shared and not writable else rebuilding.writable(buffer)
                for buffer, shared in zip(parcel.buffers, parcel.weights, strict=True)]
-    return Unpacker(io.BytesIO(parcel.data), buffers, known or {}).load()
+    return Unpacker(io.BytesIO(parcel.data), buffers, known or {}, sent).load()

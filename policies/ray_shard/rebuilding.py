@@ -4,29 +4,70 @@ from __future__ import annotations
 import io
 import pickle
 import warnings
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy
 import torch
 
 from ..files.identity import Identity
 from ..files.maps import MAPS, view
+from ..files.provenance import extent
+
+
+class FileName(NamedTuple):
+    """What a file is called in a parcel: its path, and its identity where it was packed."""
+
+    path: str
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: str, identity: Identity) -> FileName:
+        return cls(path, identity.device, identity.inode, identity.size, identity.mtime_ns)
+
+    @property
+    def identity(self) -> Identity:
+        return Identity(*self[1:])
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What is used of a file, for where that is missing.
+
+    Attributes:
+        name: of the file, in the parcel.
+        buffers: arrays of bytes, by (bytes from the file's start, bytes).
+        shared: those of large parameters, which are read where the store has them.
+    """
+
+    name: FileName
+    buffers: Mapping[tuple[int, int], Any]
+    shared: frozenset[tuple[int, int]]
+
+    def at(self, offset: int, size: int) -> Any:
+        place = offset, size
+        return self.buffers[place] if place in self.shared else writable(self.buffers[place])
 
 
 class Unpacker(pickle.Unpickler):
-    """Finds what the sender knew to be here already."""
+    """Finds what the sender knew to be here already, and files."""
 
-    def __init__(self, stream: io.BytesIO, buffers: Iterable[Any], known: Mapping[str, Any]) -> None:
+    def __init__(self, stream: io.BytesIO, buffers: Iterable[Any], known: Mapping[str, Any], sent: Sequence[Pieces]) -> None:
         super().__init__(stream, buffers=buffers)
         self._known = known
+        self._files: dict[FileName, Any] = {pieces.name: pieces for pieces in sent}
 
-    def persistent_load(self, name: str) -> Any:
-        return self._known[name]
-
-
-def mapped(path: str, device: int, inode: int, size: int, mtime_ns: int) -> torch.UntypedStorage:
-    return MAPS.file(path, Identity(device, inode, size, mtime_ns))
+    def persistent_load(self, name: Any) -> Any:
+        if isinstance(name, str):
+            return self._known[name]
+        file = FileName(*name)
+        if file not in self._files:  # it is looked at once, not for each tensor
+            self._files[file] = MAPS.file(file.path, file.identity)
+        return self._files[file]
 
 
 def _storage(held: Any) -> torch.UntypedStorage:
@@ -45,6 +86,8 @@ def _storage(held: Any) -> torch.UntypedStorage:
 
 def plain(held: Any, offset: int, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], parameter: bool,
           requires_grad: bool, inference: bool) -> torch.Tensor:
+    if isinstance(held, Pieces):
+        held, offset = held.at(offset, extent(dtype.itemsize, shape, stride)), 0
     with torch.inference_mode(inference):
         tensor = view(_storage(held), offset, dtype, shape, stride)
         return torch.nn.Parameter(tensor, requires_grad) if parameter else tensor.requires_grad_(requires_grad)

@@ -9,6 +9,7 @@ from .. import chunking
 
 _LOCAL = "local"
 _WORKERS = 'write "auto", a number from 1 to 64, or a list: [{ device = "cuda:0" }, { device = "cuda:1", weight = 0.6 }]'
+_HOST = 'host is the address or the name of a machine of the Ray cluster, as `ray status` has it'
 
 
 @dataclass(frozen=True)
@@ -18,10 +19,12 @@ class WorkerSettings:
     Attributes:
         device: that it computes on, as torch calls it here; "" is the next that nobody has.
         weight: its share of the work, beside the others'.
+        host: another machine of the cluster, by its address or name; "" is ComfyUI's own.
     """
 
     device: str = ""
     weight: float = 1.0
+    host: str = ""
 
 
 def parse_workers(value: Any) -> tuple[WorkerSettings, ...]:
@@ -40,14 +43,18 @@ def parse_workers(value: Any) -> tuple[WorkerSettings, ...]:
 
 
 def _worker(table: Any) -> WorkerSettings:
-    if not isinstance(table, Mapping) or set(table) - {"device", "weight"}:
+    if not isinstance(table, Mapping) or set(table) - {"device", "weight", "host"}:
         raise ValueError(f"{_WORKERS}; one of them is {table!r}")
-    device, weight = table.get("device", ""), table.get("weight", 1.0)
+    device, weight, host = table.get("device", ""), table.get("weight", 1.0), table.get("host", "")
     if not isinstance(device, str):
         raise ValueError(f'device is a name such as "cuda:0", not {device!r}')
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight <= 1000:
         raise ValueError(f"weight is a number above 0, and at most 1000, not {weight!r}")
-    return WorkerSettings(device, float(weight))
+    if not isinstance(host, str) or (not host and "host" in table):
+        raise ValueError(f"{_HOST}, not {host!r}; without it the worker is on ComfyUI's own machine")
+    if host and not device:
+        raise ValueError(f'a worker on another host says on which device: {{ device = "cuda:0", host = "{host}" }}')
+    return WorkerSettings(device, float(weight), host)
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,9 @@ class Failed(Exception):
 class Worker:
     """
     Attributes:
-        device: as torch calls it in the host.
+        device: as torch calls it in the host, or on the worker's own.
         weight: its share of the work, beside the others'.
+        host: another one of the cluster, by its address; "" is ComfyUI's own machine.
         handle: Ray's.
         about: what it told of itself last.
         sent: what it knows of conditionings.
@@ -38,9 +39,15 @@ class Worker:
     device: str
     weight: float
     handle: Any = None
+    host: str = ""
     about: dict[str, Any] = field(default_factory=dict)
     sent: Sent = field(default_factory=Sent)
     models: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def place(self) -> str:
+        """Device and host, for people."""
+        return f"{self.device} of {self.host}" if self.host else self.device
 
     def ask(self, what: str, *arguments: Any) -> Any:
         """Asks the program, after what it was asked before; a reference to its answer."""
@@ -56,15 +63,15 @@ class Worker:
         self.sent = Sent()
 
 
-def answer_of(worker: Worker, reference: Any) -> Any:
+def answer_of(worker: Worker, reference: Any, seconds: float | None = None) -> Any:
     """
     Raises:
         Lost: the worker is dead.
-        Failed: what it was asked raised an error, or the answer was lost on its way.
+        Failed: what it was asked raised an error, the answer was lost on its way, or did not come in time.
     """
-    where = f"worker {worker.rank} on {worker.device}"
+    where = f"worker {worker.rank} on {worker.place}"
     try:
-        return ray.get(reference)
+        return ray.get(reference, timeout=seconds)
     except ray.exceptions.RayActorError as error:
         raise Lost([worker], f"{where} is dead") from error
     except ray.exceptions.RayError as error:

@@ -43,10 +43,10 @@ def start(models: Path, tmp_path: Path) -> Iterator[Callable[..., Server]]:
 
 def workers(server: Server) -> list[psutil.Process]:
     """The processes that run the workers' program."""
-    return [process for process in relatives(server) if _name(process) == "ray::Actor"]
+    return [process for process in relatives(server) if named(process) == "ray::Actor"]
 
 
-def _name(process: psutil.Process) -> str:
+def named(process: psutil.Process) -> str:
     try:
         return process.cmdline()[0].split(".")[0]
     except (psutil.Error, IndexError):
@@ -257,7 +257,7 @@ def test_a_cluster_of_the_users_is_left(start: Callable[..., Server], cluster: s
 
 def actors() -> list[psutil.Process]:
     """Workers of all clusters on this machine."""
-    return [process for process in psutil.process_iter() if _name(process) == "ray::Actor"]
+    return [process for process in psutil.process_iter() if named(process) == "ray::Actor"]
 
 
 def test_free_takes_the_workers_memory_too(start: Callable[..., Server]) -> None:

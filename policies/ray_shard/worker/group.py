@@ -17,12 +17,12 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import psutil
 import torch
 import torch.distributed
 
 dist: Any = torch.distributed  # most of what is used here is its C++ half, which has no types
 BACKENDS = ("auto", "gloo", "nccl")
-_LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 _CPU = torch.device("cpu")
 
 
@@ -56,6 +56,7 @@ class Group:
         backend: "gloo", "nccl", or "auto": NCCL where every rank has a CUDA device of its own, else gloo. One rank that asks
             for gloo decides for all.
         device: that this rank computes on.
+        interface: this rank's own address, which the others reach; "" where all are on one machine.
         timeout: seconds that a rank waits for the others, in the rendezvous and in each collective.
 
     Attributes:
@@ -70,7 +71,7 @@ class Group:
     """
 
     def __init__(self, rank: int, world: int, address: str, backend: str = "auto", *, device: torch.device = _CPU,
-                 timeout: float = 60.0) -> None:
+                 timeout: float = 60.0, interface: str = "") -> None:
         host, _, port = address.rpartition(":")
         if not (0 <= rank < world and host and port.isdigit() and backend in BACKENDS):
             raise ValueError(f"no group: rank {rank} of {world} at {address!r} by {backend!r}, which is one of {BACKENDS}")
@@ -80,11 +81,14 @@ class Group:
         self._nccl: Any = None
         host, patience = host.strip("[]"), datetime.timedelta(seconds=timeout)
         server = _listen(host, int(port)) if rank == 0 else None
+        if name := interface_of(interface):  # NCCL's choice among several may be one that the others do not reach
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
         try:
             store = dist.TCPStore(host, int(port), world, rank == 0, patience, wait_for_workers=False,
                                   master_listen_fd=server, use_libuv=False)  # libuv is not in every build of torch
             cards = _cards(store, rank, world, _card(device, rank) if backend != "gloo" else "")
-            self._gloo = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, world, _options(host, patience))
+            self._gloo = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, world,
+                                               _options(interface or host, patience))
             if all(cards) and len(set(cards)) == world:
                 options = dist.ProcessGroupNCCL.Options()
                 options._timeout = patience
@@ -187,17 +191,22 @@ def _family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
+def interface_of(address: str) -> str:
+    """What the system calls the interface with this address; "" if there is none."""
+    return next((name for name, found in psutil.net_if_addrs().items() if address in [one.address for one in found]), "")
+
+
 def _listen(host: str, port: int) -> int | None:
     """A socket that listens on this address alone; torch's own store would listen on all. None leaves it to torch."""
     return None if os.name == "nt" else socket.create_server((host, port), family=_family(host)).detach()
 
 
 def _options(host: str, patience: datetime.timedelta) -> Any:
-    """gloo's; ranks on one machine do not leave it."""
+    """gloo's, which listens on this address; ranks on one machine do not leave it."""
     gloo = dist.ProcessGroupGloo
     options = gloo._Options()
     options._timeout = patience
-    options._devices = [gloo.create_device(hostname=host) if host in _LOOPBACK else gloo.create_default_device()]
+    options._devices = [gloo.create_device(hostname=host)]
     return options
 
 

@@ -1,7 +1,7 @@
 """Models in a worker: ComfyUI's own patcher applies what is patched, and places the weights."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import comfy.model_base
@@ -13,6 +13,7 @@ import torch
 from ...chunking import Chunking
 from ...models import ITSELF
 from ..parcels import Parcel, unpack
+from ..rebuilding import Pieces
 
 UNCUT = Chunking(1)
 
@@ -89,9 +90,9 @@ class Model:
         self._homes = {name: Home(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
                        for name, _ in model.named_parameters(remove_duplicate=False)}
 
-    def patch(self, digest: str, parcel: Parcel) -> None:
+    def patch(self, digest: str, parcel: Parcel, sent: Sequence[Pieces] = ()) -> None:
         """Takes a patcher's state; the weights are patched when they are placed."""
-        state = self._open(parcel)
+        state = self._open(parcel, sent)
         patcher = self._base.clone()
         hooks = state.pop("current_hooks")
         for name, value in state.items():
@@ -99,8 +100,8 @@ class Model:
         self._patcher.patch_hooks(None)  # the clones share what undoes it
         self._digest, self._hooks, self._patcher = digest, hooks, patcher
 
-    def _open(self, parcel: Parcel) -> dict[str, Any]:
-        return dict(unpack(parcel, known=self._named()))
+    def _open(self, parcel: Parcel, sent: Sequence[Pieces]) -> dict[str, Any]:
+        return dict(unpack(parcel, known=self._named(), sent=sent))
 
     def must_have(self, digest: str) -> None:
         """
@@ -169,9 +170,9 @@ class Vae(Model):
         self._vae: Any = None
         self._room = 0.0  # bytes that were kept free for a tile when it was placed
 
-    def _open(self, parcel: Parcel) -> dict[str, Any]:
+    def _open(self, parcel: Parcel, sent: Sequence[Pieces]) -> dict[str, Any]:
         self._vae = object.__new__(comfy.sd.VAE)  # its attributes may refer to it
-        state = super()._open(parcel)
+        state = super()._open(parcel, sent)
         vars(self._vae).update(state.pop("attributes"), patcher=self._base, device=self._device)
         return state
 
@@ -194,10 +195,10 @@ class Models:
         self._device, self._offload_device, self._chunking = device, offload_device, chunking
         self._models: dict[str, Model] = {}
 
-    def add(self, key: str, kind: str, parcel: Parcel) -> None:
+    def add(self, key: str, kind: str, parcel: Parcel, sent: Sequence[Pieces] = ()) -> None:
         """`kind` is `policies.models.Remote.kind`."""
         made = Vae if kind == "vae" else Model
-        self._models[key] = made(unpack(parcel), self._device, self._offload_device, self._chunking)
+        self._models[key] = made(unpack(parcel, sent=sent), self._device, self._offload_device, self._chunking)
 
     def __getitem__(self, key: str) -> Any:
         return self._models[key]

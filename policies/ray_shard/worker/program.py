@@ -2,18 +2,22 @@
 from __future__ import annotations
 
 import gc
-import socket
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import psutil
+import ray
 import torch
 
 from ...chunking import Chunking
+from ...files.identity import Identity
+from ...files.likeness import Likeness
+from ...files.maps import MAPS
 from ...memory import process_memory
 from ..memo import Received
 from ..parcels import Parcel, pack, unpack
+from ..rebuilding import Pieces
 from ..tiles import as_it_lay
 from .group import Group, PeerLost, open_port
 from .pace import Pace
@@ -28,12 +32,13 @@ class Program:
     Args:
         twin: `policies.host.Process.twin`.
         device: that it computes on, as torch calls it in this process.
-        orphan: whether it outlives the host.
+        orphan: whether it does not end with the host's process: it outlives that, or is on another machine, where Ray ends it.
+        mates: how many workers share this machine's cores.
         ffn_chunks: the pieces that feed-forwards are run in.
     """
 
-    def __init__(self, twin: Mapping[str, Any], device: str, orphan: bool, ffn_chunks: int = 1) -> None:
-        become(twin, device)
+    def __init__(self, twin: Mapping[str, Any], device: str, orphan: bool, mates: int = 1, ffn_chunks: int = 1) -> None:
+        become(twin, device, mates)
         if not orphan:
             end_with(*twin["process"])
         import comfy.model_management as management
@@ -56,16 +61,20 @@ class Program:
         return {"pid": psutil.Process().pid, "device": str(self._device), "free_bytes": self._free(),
                 "private_bytes": memory.private, "shared_bytes": getattr(info, "pss", 0)}
 
-    def load(self, key: str, kind: str, parcel: Parcel) -> None:
-        """Takes a model as it was built; `kind` is `policies.models.Remote.kind`."""
+    def has(self, files: Sequence[tuple[Identity, Likeness]]) -> list[bool]:
+        """Whether this machine has files like these, of another machine with identities there. What it has, it will map."""
+        return [MAPS.accept(identity, likeness) for identity, likeness in files]
+
+    def load(self, key: str, kind: str, parcel: Parcel, *sent: Pieces) -> None:
+        """Takes a model as it was built; `kind` is `policies.models.Remote.kind`, `sent` of files that are not here."""
         with torch.inference_mode():
-            self._models.add(key, kind, parcel)
+            self._models.add(key, kind, parcel, sent)
         self._attention.install()
 
-    def patch(self, key: str, digest: str, parcel: Parcel) -> None:
+    def patch(self, key: str, digest: str, parcel: Parcel, *sent: Pieces) -> None:
         """Takes what is patched; from then on it predicts with it."""
         with torch.inference_mode():
-            self._models[key].patch(digest, parcel)
+            self._models[key].patch(digest, parcel, sent)
 
     def predict(self, key: str, digest: str, parcel: Parcel, way: str, guests: bool) -> dict[str, Any]:
         """One batch.
@@ -138,8 +147,8 @@ class Program:
             raise
 
     def address(self, local: bool) -> str:
-        """Where the workers can meet, on this worker's machine."""
-        host = "127.0.0.1" if local else socket.gethostbyname(socket.gethostname())
+        """Where the workers can meet, on this worker's machine. `local`: all of them are there."""
+        host = "127.0.0.1" if local else ray.util.get_node_ip_address()
         return f"{host}:{open_port(host)}"
 
     def join(self, rank: int, address: str, shares: Sequence[float], timeout: float, test: bool) -> None:
@@ -149,7 +158,7 @@ class Program:
             PeerLost: not all came, or the test did not give what it should.
         """
         self._leave()
-        self._group = Group(rank, len(shares), address, device=self._device, timeout=timeout)
+        self._group = Group(rank, len(shares), address, device=self._device, timeout=timeout, interface=_interface(address))
         self._shares, self._pace = shares, Pace(self._group)
         if test:
             mine = torch.full((1, 3), float(rank), device=self._device)
@@ -183,3 +192,8 @@ class Program:
 
     def _free(self) -> int:
         return int(self._management.get_free_memory(self._device))
+
+
+def _interface(address: str) -> str:
+    """This machine's own address in the network that the others reach it by; "" where all are on this machine."""
+    return "" if address.startswith("127.0.0.1:") else str(ray.util.get_node_ip_address())

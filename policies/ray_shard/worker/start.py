@@ -30,8 +30,8 @@ class PathNames:
         return None
 
 
-def become(twin: Mapping[str, Any], device: str) -> None:
-    """Imports ComfyUI as the host did. `device` is torch's name of the one that is computed on, here."""
+def become(twin: Mapping[str, Any], device: str, mates: int) -> None:
+    """Imports ComfyUI as the host did. `device` is torch's name of the one that is computed on, here; `mates` share cores."""
     sys.argv = sys.argv[:1]
     sys.path.insert(0, twin["root"])
     sys.meta_path.append(PathNames())
@@ -42,8 +42,7 @@ def become(twin: Mapping[str, Any], device: str) -> None:
     import torch
 
     torch.set_grad_enabled(False)
-    if twin["threads"]:
-        torch.set_num_threads(twin["threads"])
+    torch.set_num_threads(max(1, (twin["threads"] or torch.get_num_threads()) // mates))
     import comfy.model_management  # with the packages of an accelerator, which torch knows by its name from then on
 
     kind, _, index = device.partition(":")

@@ -73,6 +73,11 @@ class TestDevices:
         Actor({"ROCR_VISIBLE_DEVICES": None, "HIP_VISIBLE_DEVICES": "1", "RESIDENCY_NEW": None})
         assert "ROCR_VISIBLE_DEVICES" not in os.environ
         assert os.environ["HIP_VISIBLE_DEVICES"] == "1"
+    def test_another_hosts_environment_counts_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Not the one here."""
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+        for around, seen in (({}, "1"), ({"CUDA_VISIBLE_DEVICES": "5,7"}, "7")):
+            assert cluster.environment("cuda:1", around)[0]["CUDA_VISIBLE_DEVICES"] == seen
 
     @pytest.mark.parametrize("device", ["cpu", "npu:1", "xpu:0"])
     def test_another_kind_keeps_its_name(self, device: str) -> None:
@@ -122,6 +127,47 @@ class FakeRay:
 
     def shutdown(self) -> None:
         self.running, self.shutdowns = False, self.shutdowns + 1
+
+
+def node(name: str, address: str, host: str, alive: bool = True) -> dict[str, Any]:
+    return {"NodeID": name, "NodeManagerAddress": address, "NodeManagerHostname": host, "NodeName": address, "Alive": alive}
+
+
+class TestHosts:
+    @pytest.fixture(autouse=True)
+    def asked(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """How often the cluster was asked for its hosts: this one, two others of one name, and one that is gone."""
+        asked: list[int] = []
+
+        def nodes() -> list[dict[str, Any]]:
+            asked.append(1)
+            return [node("a", "10.0.0.1", "desk"), node("b", "10.0.0.2", "box"), node("c", "10.0.0.3", "twin"),
+                    node("d", "10.0.0.4", "twin"), node("e", "10.0.0.5", "gone", alive=False)]
+
+        here = SimpleNamespace(get_node_id=lambda: "a")
+        monkeypatch.setattr(cluster, "ray", SimpleNamespace(nodes=nodes, get_runtime_context=lambda: here))
+        return asked
+
+    def test_by_address_and_by_name(self) -> None:
+        """This machine has no name of its own, and may be called by one."""
+        assert cluster.nodes(["", "10.0.0.2", "box", "10.0.0.4", "desk"]) == {
+            "": "a", "10.0.0.2": "b", "box": "b", "10.0.0.4": "d", "desk": "a"}
+        assert cluster.others(["", "box", "desk"]) == {"": "", "box": "10.0.0.2", "desk": ""}
+
+    def test_without_other_hosts_nobody_is_asked(self, asked: list[int]) -> None:
+        """It costs nothing."""
+        assert (cluster.nodes(["", ""]), cluster.others(["", ""])) == ({"": "a"}, {"": ""})
+        assert asked == []
+
+    @pytest.mark.parametrize(("host", "words"), [("10.0.0.9", "no host is called '10.0.0.9'"), ("10.0.0.5", "no host is"),
+                                                 ("gone", "no host is"), ("twin", "several hosts are called 'twin'")])
+    def test_a_host_that_is_not_there(self, host: str, words: str) -> None:
+        """The user reads which there are."""
+        for ask in (cluster.nodes, cluster.others):
+            with pytest.raises(LookupError, match=words) as caught:
+                ask([host])
+            assert all(there in str(caught.value) for there in ("10.0.0.1 (desk)", "10.0.0.2 (box)", "10.0.0.4 (twin)"))
+            assert "10.0.0.5 (" not in str(caught.value)
 
 
 class TestConnecting:

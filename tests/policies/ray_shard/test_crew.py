@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("ray")
 
 import ray.exceptions as failures
-from residency.policies.ray_shard import cluster, crew, workers
+from residency.policies.ray_shard import actor, cluster, crew, launching, workers
 from residency.policies.ray_shard.crew import Crew
 from residency.policies.ray_shard.settings import Settings, WorkerSettings
 from residency.policies.ray_shard.workers import Failed, Lost, Worker
@@ -46,11 +46,11 @@ class Actor:
     """A worker's process. `script` answers what it is asked: an error is raised there, NEVER leaves it at it."""
 
     def __init__(self, script: Script, environment: dict[str, str], named: dict[str, Any]) -> None:
-        self.script, self.environment, self.named = script, environment, named
+        self.script, self.environment, self.named, self.node = script, environment, named, named.pop("scheduling_strategy")
         self.asked: list[tuple[Any, ...]] = []
         self.references: list[Reference] = []
         self.killed = False
-        self.start = SimpleNamespace(remote=lambda twin, options: self._ask("start", twin, options))
+        self.start = SimpleNamespace(remote=lambda twin, options: self._ask("start", dict(twin), options))
         self.ask = SimpleNamespace(remote=self._ask)
         self.tell = SimpleNamespace(options=lambda concurrency_group: SimpleNamespace(remote=self._ask))
 
@@ -93,6 +93,7 @@ class FakeRay:
         self.init_error: Exception | None = None
         self.go_on = threading.Event()
         self.go_on.set()
+        self.around: dict[str, str] = {}  # environment of every other host
         self.cloudpickle = SimpleNamespace(register_pickle_by_value=lambda module: None)
 
     def is_initialized(self) -> bool:
@@ -114,8 +115,11 @@ class FakeRay:
             self.actors.append(Actor(self.script, environment, named))
             return self.actors[-1]
 
-        return lambda kind: SimpleNamespace(options=lambda **named: SimpleNamespace(
-            remote=lambda environment: make(environment, **named)))
+        def task(**where: Any) -> Any:
+            return SimpleNamespace(remote=lambda: Reference(self.around))
+
+        return lambda kind: SimpleNamespace(options=task) if kind is actor.surroundings else SimpleNamespace(
+            options=lambda **named: SimpleNamespace(remote=lambda environment: make(environment, **named)))
 
     def wait(self, references: Sequence[Reference], num_returns: int, timeout: float) -> tuple[list[Any], list[Any]]:
         end = time.monotonic() + timeout
@@ -142,10 +146,13 @@ class FakeRay:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     fake = FakeRay()
-    for module in (crew, workers, cluster):
+    for module in (crew, workers, cluster, launching):
         monkeypatch.setattr(module, "ray", fake)
     monkeypatch.setattr(cluster, "_outlive", lambda: None)
-    monkeypatch.setattr(cluster, "on_this_machine", lambda: "here")
+    monkeypatch.setattr(cluster, "on", lambda node: node)
+    monkeypatch.setattr(cluster, "nodes", lambda hosts: {host: f"node of {host}" for host in hosts})
+    monkeypatch.setattr(cluster, "others", lambda hosts: {host: host for host in hosts})
+    monkeypatch.setattr(actor, "sources", lambda twin: {"ComfyUI": ("1.0", "abc")})
     monkeypatch.setattr(crew, "_GRACE", 0.2)
     return fake
 
@@ -174,9 +181,10 @@ def make(fake: FakeRay, host: Host) -> Iterator[Callable[..., Crew]]:
     made: list[Crew] = []
 
     def make(count: int = 2, device: str = "cpu", **settings: Any) -> Crew:
-        devices = [WorkerSettings(device if device == "cpu" else f"{device}:{place}") for place in range(count)]
-        alone = {"heads": False, "tokens": False}
-        made.append(Crew(Settings(**{**alone, **settings}), devices, lambda: {"threads": 8}, host.raise_if_cancelled))
+        devices = settings.pop("devices", None) or [
+            WorkerSettings(device if device == "cpu" else f"{device}:{place}") for place in range(count)]
+        made.append(Crew(Settings(**{"heads": False, "tokens": False, **settings}), devices,
+                         lambda: {"threads": 8}, host.raise_if_cancelled))
         return made[-1]
 
     yield make
@@ -251,9 +259,9 @@ class TestStarting:
     def test_threads_are_shared_on_the_cpu_alone(self, fake: FakeRay, make: Callable[..., Crew]) -> None:
         """A worker on a device needs few."""
         make(2).ready()
-        assert [actor.heard("start")[0][0]["threads"] for actor in fake.actors] == [4, 4]
         make(2, "cuda").ready()
-        assert [actor.heard("start")[0][0]["threads"] for actor in fake.actors[2:]] == [8, 8]
+        started = [actor.heard("start")[0] for actor in fake.actors]
+        assert [(twin["threads"], options["mates"]) for twin, options in started] == [(8, 2)] * 2 + [(8, 1)] * 2
 
     def test_each_sees_one_device(self, fake: FakeRay, make: Callable[..., Crew], monkeypatch: pytest.MonkeyPatch) -> None:
         """Under the first name."""
@@ -270,6 +278,65 @@ class TestStarting:
         assert all(actor.heard("start")[0][1]["orphan"] for actor in fake.actors)
         crew.close()
         assert (len(fake.alive()), fake.shutdowns) == (2, 1)
+
+
+def abroad(device: str, *hosts: str) -> list[WorkerSettings]:
+    return [WorkerSettings(device, host=host) for host in hosts]
+
+
+class TestOtherHosts:
+    def test_each_is_started_where_it_belongs(self, fake: FakeRay, make: Callable[..., Crew], ring: Ring) -> None:
+        """With what it needs to see whether all is as it is here; it does not look for a process that it cannot see."""
+        crew = make(devices=abroad("cpu", "", "box", "box"), address="auto")
+        crew.ready()
+        assert [actor.node for actor in fake.actors] == ["node of ", "node of box", "node of box"]
+        started = [actor.heard("start")[0] for actor in fake.actors]
+        assert [options["orphan"] for _, options in started] == [False, True, True]
+        assert [options["mates"] for _, options in started] == [1, 2, 2]  # of one machine's cores
+        assert [twin["threads"] for twin, _ in started] == [8, 0, 0]
+        assert [twin.get("host") for twin, _ in started] == [None, "box", "box"]
+        assert [twin.get("sources") for twin, _ in started] == [None, *[{"ComfyUI": ("1.0", "abc")}] * 2]
+        (event,) = ring.named("shard.started")
+        assert event.fields["workers"] == ["cpu", "cpu of box", "cpu of box"]
+
+    def test_its_devices_are_those_that_its_environment_shows(self, fake: FakeRay, make: Callable[..., Crew]) -> None:
+        """Here others are seen."""
+        fake.around = {"CUDA_VISIBLE_DEVICES": "4,6"}
+        make(devices=abroad("cuda:1", "box"), address="auto").ready()
+        assert fake.actors[0].environment["CUDA_VISIBLE_DEVICES"] == "6"
+
+    def test_a_device_that_it_does_not_show(self, fake: FakeRay, make: Callable[..., Crew]) -> None:
+        """The line says so."""
+        fake.around = {"CUDA_VISIBLE_DEVICES": "4"}
+        crew = make(devices=abroad("cuda:1", "box"), address="auto")
+        assert crew.ready() == ()
+        assert crew.broken == "LookupError: cuda:1 of box cannot be had: CUDA_VISIBLE_DEVICES is '4' there"
+
+    def test_a_host_that_will_not_do(self, fake: FakeRay, make: Callable[..., Crew]) -> None:
+        """Worker and host are named with the reason."""
+        def script(what: str, *arguments: Any) -> Any:
+            if what == "start" and len(fake.actors) == 2:
+                raise FileNotFoundError("ComfyUI is not at /x on host box")
+            return willing(what)
+
+        fake.script = script
+        crew = make(devices=abroad("cpu", "", "box"), address="auto")
+        assert crew.ready() == ()
+        assert crew.broken == "Failed: worker 1 on cpu of box: FileNotFoundError: ComfyUI is not at /x on host box"
+
+    def test_they_meet_in_the_network(self, fake: FakeRay, make: Callable[..., Crew]) -> None:
+        """And on the machine itself where all are on one, whosever cluster it is."""
+        for hosts, local in ((("", "box"), False), (("box", "box"), True), (("", ""), True)):
+            fake.actors.clear()
+            crew = make(devices=abroad("cpu", *hosts), address="auto", heads=True)
+            crew.ready()
+            assert fake.actors[0].heard("address") == [(local,)]
+            assert crew.grouped
+
+    def test_who_outlives_us_is_found_by_its_host(self, fake: FakeRay, make: Callable[..., Crew]) -> None:
+        """A worker that is left on another one is not it."""
+        make(devices=abroad("cpu", "", "10.0.0.2"), address="auto", detached=True).ready()
+        assert [actor.named["name"] for actor in fake.actors] == ["worker-0", "worker-1-10.0.0.2"]
 
 
 class TestMeeting:

@@ -2,14 +2,17 @@
 from __future__ import annotations
 
 import socket
+import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import psutil
 import pytest
 import torch
-from residency.policies.ray_shard.worker.group import Group, PeerLost, open_port
+from residency.policies.ray_shard.worker.group import Group, PeerLost, interface_of, open_port
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.uint8, torch.bool]
 
@@ -68,6 +71,36 @@ def test_ranks_exchange_parts() -> None:
         assert all(torch.equal(got, part(source, rank)) for source, got in enumerate(received))
         assert collectives == 1
         assert sent == sum(part(rank, target).nbytes for target in range(3) if target != rank)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere one address is the loopback's")
+def test_ranks_on_two_machines_listen_on_their_own_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on what a machine's name stands for, nor on all addresses."""
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
+    address = f"127.0.0.2:{open_port('127.0.0.2')}"
+    listening: list[set[str]] = []
+    met = threading.Barrier(2)
+
+    def rank(number: int) -> list[int]:
+        group = Group(number, 2, address, timeout=20, interface=f"127.0.0.{number + 2}")
+        if met.wait(20) == 0:
+            listening.append({found.laddr.ip for found in psutil.Process().net_connections("tcp")
+                              if found.laddr.ip.startswith("127.0.0.") and found.laddr.ip != "127.0.0.1"})
+        met.wait(20)
+        gathered: list[int] = group.gather(torch.tensor([number]), 0, [1, 1]).tolist()
+        group.close()
+        return gathered
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(rank, range(2))) == [[0, 1]] * 2
+    assert listening == [{"127.0.0.2", "127.0.0.3"}]
+
+
+def test_an_interface_by_its_address() -> None:
+    """For NCCL, which knows names alone."""
+    name = interface_of("127.0.0.1")
+    assert "127.0.0.1" in [found.address for found in psutil.net_if_addrs()[name]]
+    assert (interface_of("192.0.2.99"), interface_of("")) == ("", "")
 
 
 def test_a_process_is_in_several_groups_one_after_the_other() -> None:

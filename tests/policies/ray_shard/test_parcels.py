@@ -22,7 +22,10 @@ pytest.importorskip("ray")
 
 from residency.hooks.gguf_weights.layout import wrap
 from residency.policies.files.bank import Bank
+from residency.policies.files.likeness import Likeness
+from residency.policies.files.maps import MAPS
 from residency.policies.files.provenance import FileChanged
+from residency.policies.ray_shard.abroad import pieces
 from residency.policies.ray_shard.packing import SHARED_FROM
 from residency.policies.ray_shard.parcels import Parcel, pack, unpack
 
@@ -100,7 +103,8 @@ class TestMappedWeights:
         private, found = in_another_process(parcel, tmp_path)
 
         assert found == digests(state)
-        assert (parcel.mapped_bytes, parcel.copied_bytes, parcel.files) == (size, 0, (file,))
+        assert (parcel.mapped_bytes, parcel.copied_bytes) == (size, 0)
+        assert [(found.name.path, found.size) for found in parcel.files] == [(file, size)]
         assert len(parcel.data) < 10_000 and parcel.buffers == []
         assert private < size * 0.04
 
@@ -169,6 +173,79 @@ class TestMappedWeights:
         assert type(made) is Packed and (made.kind, made.patches) == (8, [("a", 1.0)])
         assert parcel.mapped_bytes == weight.nbytes and parcel.copied_bytes == 0
         assert torch.equal(made.as_subclass(torch.Tensor), weight.as_subclass(torch.Tensor))
+
+
+@linux
+class TestFilesThatAreMissing:
+    def pieces(self, parcel: Parcel) -> list[Any]:
+        """As a store that processes share gives them."""
+        sent = [pickle.loads(pickle.dumps(pieces(file))) for file in parcel.files]
+        for one in sent:
+            for buffer in one.buffers.values():
+                buffer.setflags(write=False)
+        return sent
+
+    def test_their_pieces_stand_for_them(self, file: str) -> None:
+        """Bit for bit; large parameters are read where the store has them, all else may be written to."""
+        state = load_file(file)
+        packed = pickle.dumps(pack([torch.nn.Parameter(state["t0"], False), state["t1"], state["t2"][::2].t()]))
+        sent = self.pieces(pickle.loads(packed))
+        expected = [state["t0"].clone(), state["t1"].clone(), state["t2"][::2].t().clone()]
+        del state
+        os.remove(file)
+
+        made = unpack(pickle.loads(packed), sent=sent)
+
+        assert all(torch.equal(one, other) for one, other in zip(made, expected, strict=True))
+        assert made[0].data_ptr() in {buffer.ctypes.data for buffer in sent[0].buffers.values()}
+        made[1].zero_()
+        made[2].zero_()
+
+    def test_only_what_is_used_is_sent(self, file: str) -> None:
+        """And each place once."""
+        state = load_file(file)
+        parcel = pack([state["t0"], torch.nn.Parameter(state["t0"], False), state["t3"]])
+
+        assert parcel.files[0].size == state["t0"].nbytes + state["t3"].nbytes
+        assert sum(buffer.nbytes for buffer in self.pieces(parcel)[0].buffers.values()) == parcel.files[0].size
+
+    def test_a_quantised_parameters_blocks_are_shared(self, tmp_path: Path) -> None:
+        array = gguf.quants.quantize(numpy.ones((2048, 1024), numpy.float32), Q8_0)
+        lease = Bank().lease(gguf_files.save(tmp_path / "m.gguf", "flux", {"a": (array, Q8_0)}))
+        parcel = pack(torch.nn.Parameter(wrap(lease.tensors["a"], int(Q8_0), (2048, 1024)), False))
+        (sent,) = self.pieces(parcel)
+
+        made = unpack(parcel, sent=[sent])
+
+        assert torch.equal(made._qdata, lease.tensors["a"])
+        assert made._qdata.data_ptr() == next(iter(sent.buffers.values())).ctypes.data
+
+    def test_a_file_that_changed_is_not_sent(self, file: str) -> None:
+        """Its pieces would be another model's."""
+        parcel = pack(load_file(file))
+        os.utime(file, ns=(1, 1))
+
+        with pytest.raises(FileChanged, match=r"weights\.safetensors"):
+            pieces(parcel.files[0])
+
+    def test_a_copy_on_another_machine_is_mapped_once_it_was_looked_at(self, file: str) -> None:
+        """By size and pages: its inode and its time are others."""
+        packed = pickle.dumps(pack(load_file(file)))
+        expected = {key: value.clone() for key, value in load_file(file).items()}
+        name = pickle.loads(packed).files[0].name
+        likeness = Likeness.of(file, name.identity, [place[:2] for place in pickle.loads(packed).files[0].places])
+        copy = Path(file).with_suffix(".copy")
+        copy.write_bytes(Path(file).read_bytes())
+        os.replace(copy, file)
+        with pytest.raises(FileChanged):
+            unpack(pickle.loads(packed))
+
+        assert MAPS.accept(name.identity, likeness)
+        assert digests(unpack(pickle.loads(packed))) == digests(expected)
+
+        os.utime(file, ns=(1, 1))  # it changed under the worker
+        with pytest.raises(FileChanged):
+            unpack(pickle.loads(packed))
 
 
 class Packed(torch.Tensor):

@@ -119,6 +119,19 @@ class TestStarting:
         with pytest.raises(Unfit, match=words):
             devices(tools, here, *wanted)
 
+    def test_another_hosts_devices_are_its_own(self, tools: Tools) -> None:
+        """Only a worker there can tell which it has; here they are as free as before."""
+        tools.host.memory.accelerators = ["cuda:0"]  # type: ignore[attr-defined]
+        wanted = (WorkerSettings("cuda:0", host="box"), WorkerSettings(), WorkerSettings("cuda:5", host="box"))
+        made = policy(tools, address="auto", workers=wanted)
+        assert [(one.device, one.host) for one in cast(Any, made)._crew.devices] == [
+            ("cuda:0", "box"), ("cuda:0", ""), ("cuda:5", "box")]
+
+    def test_another_host_is_in_a_cluster(self, tools: Tools) -> None:
+        """A Ray that is started here has none; the user reads what to write."""
+        with pytest.raises(Unfit, match='host = "box" is a machine of a Ray cluster: write address = "auto"'):
+            policy(tools, workers=(WorkerSettings("cpu", host="box"),))
+
     @pytest.mark.parametrize(("address", "alone"), [("local", "0"), ("auto", None)])
     def test_a_ray_of_ours_is_for_this_machine(self, tools: Tools, monkeypatch: pytest.MonkeyPatch, address: str,
                                                alone: str | None) -> None:

@@ -17,6 +17,7 @@ from residency.policies.ray_shard.settings import Settings, WorkerSettings, pars
     ([{"device": "cuda:1"}, {"device": "cuda:0", "weight": 0.6}], (WorkerSettings("cuda:1"), WorkerSettings("cuda:0", 0.6))),
     ([{}], (WorkerSettings(),)),
     ([{"weight": 2}], (WorkerSettings("", 2.0),)),
+    ([{}, {"device": "cuda:0", "host": "192.168.1.7"}], (WorkerSettings(), WorkerSettings("cuda:0", 1.0, "192.168.1.7"))),
 ])
 def test_workers(value: Any, expected: tuple[WorkerSettings, ...]) -> None:
     """A word, a number, or one table for each."""
@@ -31,7 +32,8 @@ def test_workers(value: Any, expected: tuple[WorkerSettings, ...]) -> None:
     ([{"weight": 0}], ["above 0"]), ([{"weight": -1}], ["above 0"]), ([{"weight": "2"}], ["'2'"]),
     ([{"weight": True}], ["True"]),
     ([{"weight": float("nan")}], ["nan"]), ([{"weight": float("inf")}], ["inf"]), ([{"weight": 1001}], ["at most 1000"]),
-    (None, ["None"]),
+    (None, ["None"]), ([{"host": ""}], ["ray status", "ComfyUI's own machine"]), ([{"host": 7}], ["ray status", "not 7"]),
+    ([{"host": "box"}], ['{ device = "cuda:0", host = "box" }']),
 ], ids=lambda value: str(value)[:30])
 def test_what_is_no_workers(value: Any, words: list[str]) -> None:
     """The error shows what was written, and what may be."""
