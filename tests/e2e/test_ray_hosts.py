@@ -162,6 +162,17 @@ def test_no_worker_outlives_a_server_that_is_killed(same: tuple[Cluster, Pair]) 
     all_gone(workers)
 
 
+def test_a_device_that_is_not_there(same: tuple[Cluster, Pair], models: Path, tmp_path: Path) -> None:
+    """Only the worker can tell; it says so, and ComfyUI computes by itself."""
+    cluster, _ = same
+    text = on_both(cluster).replace(f'device = "cpu", host = "{THERE}"', f'device = "cuda:7", host = "{THERE}"')
+    with Server(COMFYUI, tmp_path, models, settings=text) as server:
+        server.run(FLUX)
+        (broken,) = server.events("shard.broken")
+        assert f"worker 1 on cuda:7 of {THERE}" in broken["reason"]
+        assert server.latents().isfinite().all()
+
+
 @hiding
 @pytest.mark.parametrize(("flow", "way"), [
     pytest.param(sampled(FLUX, seed=3), "rows", id="another file under the name"),
