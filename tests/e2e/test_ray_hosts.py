@@ -114,7 +114,7 @@ def other(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pa
 
 @pytest.mark.parametrize(("flow", "way"), [
     pytest.param(sampled(FLUX, seed=3), "rows", id="by rows"),
-    pytest.param(sampled(SD3, cfg=1.0, seed=3), "heads", id="by heads"),
+    pytest.param(sampled(SD3, cfg=1.0, seed=3), "tokens", id="by tokens"),
     pytest.param(workflows.text_to_latent("flux_a_fp32", loras=LORA, seed=3), "rows", id="LoRA"),
 ])
 def test_the_other_host_maps_its_own_files(same: tuple[Cluster, Pair], flow: Workflow, way: str) -> None:
@@ -176,7 +176,7 @@ def test_a_device_that_is_not_there(same: tuple[Cluster, Pair], models: Path, tm
 @hiding
 @pytest.mark.parametrize(("flow", "way"), [
     pytest.param(sampled(FLUX, seed=3), "rows", id="another file under the name"),
-    pytest.param(sampled(SD3, cfg=1.0, seed=3), "heads", id="no such folder"),
+    pytest.param(sampled(SD3, cfg=1.0, seed=3), "tokens", id="no such folder"),
     pytest.param(workflows.text_to_latent("flux_b_fp32", loras=LORA, seed=3), "rows", id="no LoRA"),
 ])
 def test_what_the_other_host_lacks_is_sent(other: Pair, flow: Workflow, way: str) -> None:
