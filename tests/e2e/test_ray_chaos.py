@@ -86,7 +86,7 @@ def error(server: Server, wanted: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("flow", [
     pytest.param(sampled(FLUX, steps=STEPS, seed=41), id="by rows"),
-    pytest.param(sampled(SD3, cfg=1.0, steps=STEPS, seed=41), id="by heads"),
+    pytest.param(sampled(SD3, cfg=1.0, steps=STEPS, seed=41), id="by tokens"),
 ])
 def test_a_worker_that_dies_is_replaced_and_its_step_is_done_here(start: Callable[..., Server], flow: Workflow) -> None:
     """Before a prompt, and in the middle of a step: the latents are the same, and the next prompt has two workers again."""
@@ -113,7 +113,7 @@ def test_a_worker_that_dies_is_replaced_and_its_step_is_done_here(start: Callabl
 
 @pytest.mark.parametrize("flow", [
     pytest.param(sampled(FLUX, steps=5, seed=43), id="by rows"),
-    pytest.param(sampled(SD3, cfg=1.0, steps=5, seed=43), id="by heads"),
+    pytest.param(sampled(SD3, cfg=1.0, steps=5, seed=43), id="by tokens"),
 ])
 def test_a_worker_that_dies_between_two_steps_costs_the_next_one(start: Callable[..., Server], flow: Workflow) -> None:
     """Which is done here; of the steps after it the worker that took its place has its part again."""

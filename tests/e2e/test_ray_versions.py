@@ -29,10 +29,10 @@ def release(request: pytest.FixtureRequest, models: Path, tmp_path_factory: pyte
 
 @pytest.mark.parametrize(("flow", "way"), [
     pytest.param(sampled(FLUX, cfg=3.5), "rows", id="two conditionings"),
-    pytest.param(sampled(FLUX, cfg=1.0), "heads", id="one row"),
+    pytest.param(sampled(FLUX, cfg=1.0), "tokens", id="one row"),
     pytest.param(LORA, "rows", id="LoRA"),
     pytest.param(patched(FLUX, "ScaleAttention", 0.5), "heads", id="a pack's attention"),
-    pytest.param(workflows.hooked_lora("middle_fp32", "middle"), "heads", id="LoRA scheduled by hooks"),
+    pytest.param(workflows.hooked_lora("middle_fp32", "middle"), "tokens", id="LoRA scheduled by hooks"),
     pytest.param(workflows.with_controlnet("flux_a_fp32", "flux"), "rows", id="ControlNet"),
     pytest.param(workflows.video("wan", "wan"), "rows", id="Wan video"),
 ])
@@ -72,9 +72,9 @@ PAGED = workflows.text_to_latent("middle_a")
 
 @pytest.mark.parametrize(("flow", "way", "twin"), [
     # The first: the classic copy of the model that ComfyUI makes for it is no mapping, and is written to at once.
-    pytest.param(workflows.hooked_lora("middle_a", "middle"), "heads", None, id="LoRA scheduled by hooks"),
+    pytest.param(workflows.hooked_lora("middle_a", "middle"), "tokens", None, id="LoRA scheduled by hooks"),
     pytest.param(PAGED, "rows", None, id="two conditionings"),
-    pytest.param(sampled(PAGED, cfg=1.0), "heads", None, id="one row"),
+    pytest.param(sampled(PAGED, cfg=1.0), "tokens", None, id="one row"),
     pytest.param(FLUX, "rows", None, id="a file that is wider than the model"),
     pytest.param(workflows.text_to_latent("middle_q8_a.gguf"), "rows", workflows.text_to_latent("middle_q8_a_bf16"), id="GGUF"),
 ])
