@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,6 +55,9 @@ class Remote:
 
     def as_built(self) -> Any:
         return self.module
+
+    def unpaged(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def token(self) -> object:
         return len(self.lora)
