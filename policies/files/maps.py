@@ -89,10 +89,11 @@ def view(storage: torch.UntypedStorage, offset: int, dtype: torch.dtype, shape: 
     size = extent(dtype.itemsize, shape, stride)
     if offset < 0 or offset + size > storage.nbytes():
         raise ValueError(f"a tensor of {size} bytes at byte {offset} does not lie within {storage.nbytes()} bytes")
+    place = storage.device
     if offset % dtype.itemsize:
-        storage = torch.empty(0, dtype=torch.uint8).set_(storage, offset, (size,), (1,)).clone().untyped_storage()
+        storage = torch.empty(0, dtype=torch.uint8, device=place).set_(storage, offset, (size,), (1,)).clone().untyped_storage()
         offset = 0
-    return torch.empty(0, dtype=dtype).set_(storage, offset // dtype.itemsize, tuple(shape), tuple(stride))
+    return torch.empty(0, dtype=dtype, device=place).set_(storage, offset // dtype.itemsize, tuple(shape), tuple(stride))
 
 
 def _verify(path: str, identity: Identity) -> None:

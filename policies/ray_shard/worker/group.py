@@ -152,6 +152,21 @@ class Group:
 
         return arrived
 
+    def place(self, device: torch.device) -> torch.device:
+        """Where bytes of a device are to be while they travel."""
+        return self._carrier(torch.empty(0, device=device))[1]
+
+    def begin(self, how: str, data: torch.Tensor, rank: int) -> Callable[[], None]:
+        """Begins to move bytes: to "broadcast" them from a rank to all, to "send" them to it, or to "recv" them from it.
+
+        Returns:
+            What waits until they have moved, and may raise `PeerLost`.
+        """
+        carrier, _ = self._carrier(data)
+        self._count(data.nbytes if how == "send" or (how == "broadcast" and rank == self.rank) else 0)
+        work = getattr(carrier, how)([data], *((_from(rank),) if how == "broadcast" else (rank, 0)))
+        return lambda: self._wait([work])
+
     def close(self) -> None:
         """Lets go of the connections, whatever is still under way. The others find out at their next exchange."""
         if self._nccl is not None and hasattr(self._nccl, "abort"):
