@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import comfy.model_base
@@ -14,6 +15,7 @@ from ...chunking import Chunking
 from ...models import ITSELF
 from ..parcels import Parcel, unpack
 from ..rebuilding import Pieces
+from .weights.owned import Owned
 
 UNCUT = Chunking(1)
 
@@ -87,6 +89,7 @@ class Model:
         self._digest = ""
         self._hooks: Any = None
         self._placed: Any = None  # the patcher whose patches are in the weights now
+        self._owned: Owned | None = None  # what the weights are shared out by
         self._homes = {name: Home(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
                        for name, _ in model.named_parameters(remove_duplicate=False)}
 
@@ -116,26 +119,41 @@ class Model:
         """What the tokens flow through."""
         return self._model.diffusion_model
 
-    def predict(self, arguments: dict[str, Any]) -> torch.Tensor:
+    def predict(self, arguments: dict[str, Any], owned: Owned | None = None, apart: bool = True) -> torch.Tensor:
+        """
+        Args:
+            owned: how the weights are shared out among the workers, which all predict at the same time.
+            apart: rows may be predicted one after the other.
+        """
         x = arguments.pop("x")
+        if self._owned is not owned or (owned is not None and not (self._placed is self._patcher and owned.is_whole())):
+            self.release()
         if self._placed is not self._patcher:
-            self._place(self._model.memory_required([x.shape[0], *x.shape[1:]]))
+            self._place(self._model.memory_required([x.shape[0], *x.shape[1:]]), owned)
+        return self._apply(x, arguments) if owned is None else owned.run(self._apply, x, arguments, apart)
+
+    def _apply(self, x: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
         # What a subclass does before is done in the host's process.
         with self._chunking.during(self._model) as tally:
             answer: torch.Tensor = comfy.model_base.BaseModel._apply_model(self._model, x, **arguments)
         self.whole = tally.ineffective()
         return answer
 
-    def _place(self, needed: float) -> None:
+    def _place(self, needed: float, owned: Owned | None = None) -> None:
         """
         Args:
             needed: bytes that are left free beside the weights.
         """
         patcher = self._placed = self._patcher
+        self._owned = owned
+        load = partial(comfy.model_management.load_models_gpu, [patcher], memory_required=needed)
         try:
             for name in {name for patches in patcher.hook_patches.values() for name in patches} & set(self._homes):
                 self._homes[name].leave()
-            comfy.model_management.load_models_gpu([patcher], memory_required=needed)
+            if owned is None:
+                load()
+            else:
+                owned.place(patcher, load)
             patcher.pre_run()
             patcher.patch_hooks(self._hooks)
         except BaseException:
@@ -145,8 +163,11 @@ class Model:
     def release(self) -> None:
         """The weights leave the device, and nothing is copied: each is what it was before."""
         patcher, self._placed = self._placed, None
+        owned, self._owned = self._owned, None
         if patcher is None:
             return
+        if owned is not None:
+            owned.drop()
         patcher.patch_hooks(None)
         for name, home in self._homes.items():
             if name not in patcher.backup:

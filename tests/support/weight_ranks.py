@@ -1,0 +1,128 @@
+"""A rank of a group, in a process of its own, whose arguments are its rank and a port for each case, in their order.
+
+Predicts alone and with the weights shared out among the ranks, and prints JSON: by case, the largest error relative to the
+largest number of the model alone, the bytes of its weights that are here, and what was sent.
+"""
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+import torch
+from residency.hooks.remote import RemoteModel
+from residency.policies.ray_shard.parcels import pack
+from residency.policies.ray_shard.worker import attention, models
+from residency.policies.ray_shard.worker.group import Group
+from residency.policies.ray_shard.worker.heads import HeadParallel
+from residency.policies.ray_shard.worker.tokens import Unsuited
+from residency.policies.ray_shard.worker.weights import MODES
+from residency.policies.ray_shard.worker.weights.units import weight_of
+
+from support import deep
+
+
+@dataclass(frozen=True)
+class Case:
+    mode: str
+    model: str
+    world: int
+    shares: tuple[float, ...] = ()
+    rows: int = 1
+    heads: bool = False
+    tolerance: float = 0.0
+    silent: bool = False  # the last rank sends nothing but zeros: the control
+
+
+def cases(mode: str, *formats: str) -> dict[str, Case]:
+    found = {f"{mode}, {name}, {world} ranks": Case(mode, name, world) for name in formats for world in (2, 3)}
+    return {**found, f"{mode}, {formats[0]}, unequal shares": Case(mode, formats[0], 2, (0.7, 0.3)),
+            f"{mode}, two rows": Case(mode, "flux", 2, rows=2, tolerance=2e-6 if mode == "pipeline" else 0.0)}
+
+
+CASES = {
+    **cases("blocks", "flux", "flux in fp8", "flux in GGUF", "wan", "unet"),
+    **cases("pipeline", "flux", "flux in fp8", "flux in GGUF", "wan"),
+    "pipeline, two rows of video": Case("pipeline", "wan", 3, rows=2, tolerance=2e-6),
+    "pipeline, three rows": Case("pipeline", "flux", 2, rows=3, tolerance=2e-6),
+    "pipeline, a model whose blocks take more than the last one makes": Case("pipeline", "unet", 2),
+    "pipeline, a rank that sends nothing": Case("pipeline", "wan", 2, silent=True),
+    "blocks, heads shared": Case("blocks", "wan", 2, heads=True),
+    "blocks, a rank that sends nothing": Case("blocks", "flux", 2, silent=True),
+}
+
+
+class Silent(Group):
+    """The blocks that it sends are lost, and what goes from block to block."""
+
+    def begin(self, how: str, data: torch.Tensor, rank: int) -> Any:
+        lost = how == "send" or (how == "broadcast" and rank == self.rank == 1 and len(data) > 4096)
+        return super().begin(how, torch.zeros_like(data) if lost else data, rank)
+
+
+def error(made: torch.Tensor, alone: torch.Tensor) -> float:
+    return float((made - alone).abs().max() / alone.abs().max())
+
+
+def predict(model: models.Model, case: Case, group: Group, owned: Any) -> torch.Tensor:
+    arguments = deep.arguments(case.model, case.rows)
+    if not case.heads:
+        return model.predict(arguments, owned)
+    parallel = HeadParallel(group, None)
+    arguments["transformer_options"]["optimized_attention_override"] = parallel.attention
+    with attention.sharing(parallel):
+        return model.predict(arguments, owned)
+
+
+def compare(case: Case, rank: int, port: int, built: Any, parcels: dict[str, Any], alone: dict[str, torch.Tensor]) -> Any:
+    model = models.Model(built, deep.CPU, deep.CPU)
+    whole, lying = weight_of(built), {name: value.data_ptr() for name, value in built.named_parameters()}
+    shares = case.shares or (1.0,) * case.world
+    group = (Silent if case.silent else Group)(rank, case.world, f"127.0.0.1:{port}")
+    owned = MODES[case.mode](group, shares)
+    found = {}
+    try:
+        for turn in ("plain", "plain", "lora", "plain"):
+            model.patch(turn, parcels[turn])
+            sent = group.sent
+            made = predict(model, case, group, owned)
+            found[turn] = {"error": error(made, alone[turn]), "here": owned.bytes_here() / whole, "sent": group.sent - sent}
+    finally:
+        model.release()
+    assert comfy.model_management.current_loaded_models == []
+    found["back"] = {name: value.data_ptr() for name, value in built.named_parameters()} == lying
+    found["differs"] = error(alone["lora"], alone["plain"])
+    group.close()
+    return found
+
+
+def alone_of(built: Any, case: Case, parcels: dict[str, Any]) -> dict[str, torch.Tensor]:
+    model, found = models.Model(built, deep.CPU, deep.CPU), {}
+    for turn, parcel in parcels.items():
+        model.patch(turn, parcel)
+        found[turn] = model.predict(deep.arguments(case.model, case.rows))
+    model.release()
+    return found
+
+
+def main() -> None:
+    logging.disable(logging.CRITICAL)
+    torch.set_num_threads(1)
+    attention.install()
+    rank, *ports = map(int, sys.argv[1:])
+    results = {}
+    with torch.inference_mode():
+        for (name, case), port in zip(CASES.items(), ports, strict=True):
+            if rank < case.world:
+                patcher = deep.PATCHERS[case.model]()
+                remotes = {"plain": RemoteModel(patcher), "lora": RemoteModel(deep.lora(patcher))}
+                parcels = {turn: pack(remote.patches(), known=remote.known()) for turn, remote in remotes.items()}
+                alone = alone_of(patcher.model, case, parcels)
+                try:
+                    results[name] = compare(case, rank, port, patcher.model, parcels, alone)
+                except Unsuited as unsuited:
+                    results[name] = {"unsuited": str(unsuited)}
+    print(json.dumps(results))
