@@ -60,6 +60,8 @@ NAMES = frozenset({
     "shard.broken",         # reason: there are no workers, and everything is computed here
     "shard.loaded",         # model, workers, mapped_bytes, copied_bytes, seconds; sent_bytes by other host that lacks files
     "shard.patched",        # model, workers, seconds
+    "shard.weights",        # model, mode: where its weights lie, reason; what was measured: weights_bytes, link_mb_per_second
+                            # among the workers; if it does not fit each device room_bytes, file_mb_per_second
     "shard.demoted",        # model, way: rows, heads or tiles, which is not taken, or local, which was; reason
     "shard.finished",       # of a prompt: calls by way, sent_bytes, received_bytes; of the slowest worker compute_seconds and
                             # transfer_seconds of tensors in and out of it; dispatch_seconds: the rest; speedup against the last

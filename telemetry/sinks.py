@@ -22,7 +22,7 @@ _INFO = frozenset({
     "memory.emptied", "cache.hit", "cache.evicted", "cache.preloaded", "cache.skipped", "cache.ready", "cache.stopped",
     "cache.imported", "snapshot.ready", "snapshot.restored", "split.planned", "split.insufficient", "split.capped",
     "split.moved", "donors.placed", "donors.refused", "donors.left", "pin.failed", "shard.started", "shard.broken",
-    "shard.demoted", "shard.finished", "worker.lost", "worker.replaced",
+    "shard.weights", "shard.demoted", "shard.finished", "worker.lost", "worker.replaced",
 })
 _WARNING = frozenset({"hook.failed", "policy.failed", "policy.ineffective", "file.changed", "file.unreadable", "hook.shadowed",
                       "cache.skipped", "split.insufficient", "donors.refused", "pin.failed", "shard.broken", "worker.lost"})

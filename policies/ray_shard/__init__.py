@@ -20,7 +20,7 @@ from ..models import Remote
 from ..policy import Decision, Policy, Proceed, Unfit
 from ..requests import BuildModel, PlaceModel, ReleaseModel, Request
 from ..sampling import BatchRoom, Predict, SampleStep
-from .settings import Settings, WorkerSettings
+from .settings import WHOLE, Settings, WorkerSettings
 
 if TYPE_CHECKING:
     from .. import Tools
@@ -140,7 +140,15 @@ class RayShard(Policy):
             return None
         count = len(request.branches())
         enough = count > 1 and (count >= self._count or not self.settings.together)  # else all of them compute each
-        return Decision("", partial(_apart, request)) if enough and self.settings.rows else None
+        return Decision("", partial(self._apart, request)) if enough and self.settings.rows else None
+
+    def _apart(self, request: SampleStep, proceed: Proceed) -> Any:
+        from .branches import side_by_side
+
+        assert request.remote is not None
+        if self.settings.weights not in WHOLE and self._dispatcher.shares_weights(request.remote):
+            return proceed(request)
+        return proceed(replace(request, run=lambda: side_by_side(request.branches())))  # anew where the step is repeated
 
     def _predict(self, request: Predict) -> Decision | None:
         return None if self._freighter.of(request.remote) is None else Decision("", partial(self._dispatcher.act, request))
@@ -160,9 +168,3 @@ class RayShard(Policy):
         if request.bytes_wanted != 0 and request.weights.module in self._freighter:
             self._crew.tell("release", self._freighter.key(request.weights.module))
         return None
-
-
-def _apart(request: SampleStep, proceed: Proceed) -> Any:
-    from .branches import side_by_side
-
-    return proceed(replace(request, run=lambda: side_by_side(request.branches())))  # anew where the step is repeated

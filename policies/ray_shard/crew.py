@@ -180,7 +180,7 @@ class Crew:
     def _group(self) -> None:
         """The workers meet; where they cannot, each goes on by itself."""
         self.grouped = False
-        if not self._settings.together or len(self._workers) < 2:
+        if not self._settings.meets or len(self._workers) < 2:
             return
         try:
             launching.meet(self._settings, self._workers)

@@ -17,6 +17,7 @@ import torch
 
 from ...telemetry import emit
 from ..chunking import Ineffective
+from ..models import Remote
 from ..policy import Proceed
 from ..sampling import Predict
 from . import rows
@@ -27,22 +28,15 @@ from .freight import UNSENDABLE, Freight, Freighter
 from .parcels import Parcel, unpack
 from .score import Score
 from .settings import Settings
+from .ways import LOCAL, PIPELINE, TOKENS, Way, in_order
+from .weights import Weights
 from .workers import Failed, Lost, Worker
 
-ROWS, HEADS, TOKENS, LOCAL = "rows", "heads", "tokens", "local"
 _PATIENCE = 3  # failures one after the other, and a model is not sent again in this prompt
 
 
 class Unsuited(Exception):
     """A way that does not lead to the result, or saves nothing, for this model and what is patched in it."""
-
-
-@dataclass(frozen=True)
-class Way:
-    """How a batch is shared out."""
-
-    name: str
-    shares: Sequence[rows.Share]
 
 
 @dataclass(frozen=True)
@@ -59,6 +53,7 @@ class Dispatcher:
 
     def __init__(self, settings: Settings, crew: Crew, freighter: Freighter) -> None:
         self._settings, self._crew, self._freighter = settings, crew, freighter
+        self._weights = Weights(settings, crew)
         self._refused: dict[tuple[Any, ...], str] = {}  # why, by model, what is patched, packs that take part, and way
         self._verified: set[tuple[Any, ...]] = set()
         self._told: set[tuple[str, str, str]] = set()
@@ -75,6 +70,18 @@ class Dispatcher:
         if reason:
             self._tell(request, LOCAL, reason)
         return self._predict_here(request, proceed)
+
+    def shares_weights(self, remote: Remote) -> bool:
+        """Whether all workers are needed for each prediction of this model, so that conditionings come one after the other."""
+        try:
+            workers = self._crew.ready()
+            if not workers or not self._crew.grouped:
+                return False
+            with self._sending:
+                freight = self._freighter.deliver(remote, workers)
+            return bool(self._weights.of(freight, (1,), workers))
+        except (Lost, Failed, *UNSENDABLE):
+            return False  # the prediction finds the same, and says so
 
     def _try(self, request: Predict) -> tuple[Found | None, str]:
         """The workers' answer, or why there is none. The host is not asked in here, so that no error of its own is taken for
@@ -109,7 +116,7 @@ class Dispatcher:
         with self._sending:
             freight = self._freighter.deliver(request.remote, workers)
         reason = ""
-        for way in self._ways(request, workers):
+        for way in self._ways(request, freight, workers):
             reason = self._refused.get(_case(request, freight, way), "")
             if reason:
                 self.score.passed_over(way.name, reason)
@@ -126,25 +133,24 @@ class Dispatcher:
     def _refuse(self, request: Predict, freight: Freight, way: Way, reason: str) -> str:
         """Does not go this way again."""
         self._refused[_case(request, freight, way)] = reason
-        self._tell(request, way.name, reason)
+        self._tell(request, way.label, reason)
         return reason
 
-    def _ways(self, request: Predict, workers: Sequence[Worker]) -> list[Way]:
+    def _ways(self, request: Predict, freight: Freight, workers: Sequence[Worker]) -> list[Way]:
         """In the order in which they are tried. Packs see the whole batch, on every worker that they are asked on."""
         count = request.x.shape[0]
         whole = rows.Share(0, tuple(range(count)), tuple(range(rows.chunks_of(request.rest, count))))
         shares = [whole] if request.guests or not self._settings.rows else rows.split(
             count, len(whole.chunks), [worker.weight for worker in workers], rows.belong_together(request.rest, count))
         everywhere = [rows.Share(place, whole.rows, whole.chunks) for place in range(len(workers))]
-        together = self._settings.together if self._crew.grouped and lane().count == 1 else ()
-        order = (ROWS, TOKENS, HEADS) if len(shares) == len(workers) > 1 else \
-            (TOKENS, ROWS, HEADS) if len(shares) > 1 else (TOKENS, HEADS, ROWS)
-        return [Way(name, shares if name == ROWS else everywhere) for name in order if name == ROWS or name in together]
+        grouped = self._crew.grouped and lane().count == 1
+        weights = self._weights.of(freight, request.x.shape, workers) if grouped else ""
+        return list(in_order(weights, shares, everywhere, self._settings.together if grouped else ()))
 
     def _verify(self, request: Predict, proceed: Proceed, found: Found) -> Any:
         """The workers' answer, or the host's own where both were computed to be compared."""
         freight, way = found.freight, found.way
-        kind = (freight.name, request.guests, way.name, len(way.shares), *request.x.shape)
+        kind = (freight.name, request.guests, way.name, way.weights, len(way.shares), *request.x.shape)
         if self._settings.verify == "off" or (self._settings.verify == "first_step" and kind in self._verified):
             return found.answer
         expected = self._predict_here(request, proceed)
@@ -165,7 +171,8 @@ class Dispatcher:
                 worker = workers[share.worker]
                 parcel = self._parcel(request, share, worker)
                 sent += len(parcel.data) + parcel.copied_bytes
-                asked[worker] = worker.ask("predict", freight.key, freight.digest, parcel, way.name, bool(request.guests))
+                asked[worker] = worker.ask("predict", freight.key, freight.digest, parcel, way.name, bool(request.guests),
+                                           way.weights)
         answers = self._crew.gather(asked, self._settings.timeout_seconds, lane().check)
         for worker, answer in zip(asked, answers, strict=True):
             worker.about["free_bytes"] = answer["free_bytes"]
@@ -174,11 +181,12 @@ class Dispatcher:
             raise Unsuited(unsuited)
         if any(answer["stateful"] for answer in answers):
             raise Unsuited("a pack keeps a state of its own from step to step, which is here")
-        if way.name != ROWS and not any(answer["shared"] for answer in answers):
+        if way.shares_attention and not any(answer["shared"] for answer in answers):
             raise Unsuited("no attention of it could be shared")
-        parts = [unpack(answer["answer"], writable=True) for answer in (answers if way.name == ROWS else answers[:1])]
-        whole = rows.join(way.shares, parts) if way.name == ROWS else parts[0]
-        self.score.elsewhere(way.name, _like(request), time.perf_counter() - started, answers, sent)
+        wanted = answers if way.is_by_rows else answers[-1:] if way.name == PIPELINE else answers[:1]
+        parts = [unpack(answer["answer"], writable=True) for answer in wanted]
+        whole = rows.join(way.shares, parts) if way.is_by_rows else parts[0]
+        self.score.elsewhere(way.label, _like(request), time.perf_counter() - started, answers, sent)
         return whole.to(request.x.device)
 
     def _parcel(self, request: Predict, share: rows.Share, worker: Worker) -> Parcel:
@@ -204,7 +212,7 @@ class Dispatcher:
 
 def _case(request: Predict, freight: Freight, way: Way) -> tuple[Any, ...]:
     """What a way suits, or does not."""
-    return freight.key, freight.digest, request.guests, way.name
+    return freight.key, freight.digest, request.guests, way.name, way.weights
 
 
 def _like(request: Predict) -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ from typing import Any
 from .. import chunking
 
 _LOCAL = "local"
+WHOLE = ("replicate", "stream")  # every worker has all of a model; ComfyUI streams what does not fit its device
 _WORKERS = 'write "auto", a number from 1 to 64, or a list: [{ device = "cuda:0" }, { device = "cuda:1", weight = 0.6 }]'
 _HOST = 'host is the address or the name of a machine of the Ray cluster, as `ray status` has it'
 
@@ -66,6 +67,7 @@ class Settings:
     heads: bool = True
     tokens: bool = True
     tiles: bool = True
+    weights: str = field(default="auto", metadata={"choices": ("auto", *WHOLE, "pipeline", "blocks")})
     ffn_chunks: int = field(default=1, metadata=chunking.SETTING)
     verify: str = field(default="first_step", metadata={"choices": ("off", "first_step", "always")})
     self_test: bool = True
@@ -75,6 +77,11 @@ class Settings:
     def together(self) -> tuple[str, ...]:
         """The ways in which all workers compute one prediction."""
         return tuple(name for name in ("tokens", "heads") if getattr(self, name))
+
+    @property
+    def meets(self) -> bool:
+        """Whether the workers exchange anything."""
+        return bool(self.together) or self.weights not in WHOLE
 
     @property
     def is_local(self) -> bool:

@@ -24,7 +24,7 @@ from support.workflows import Workflow
 MODELS = (
     "diffusion_models/flux_a", "diffusion_models/flux_b", "diffusion_models/flux_a_fp32",
     "diffusion_models/flux_b_fp32", "diffusion_models/flux_quantised", "diffusion_models/sd3", "diffusion_models/wan",
-    "diffusion_models/ltxv", "diffusion_models/qwen",
+    "diffusion_models/ltxv", "diffusion_models/qwen", "diffusion_models/deep",
     "diffusion_models/middle_a", "diffusion_models/middle_b", "diffusion_models/middle_fp32", "vae/taesd",
     "vae/taesd_fp32", "vae/taesd_other", "vae/wan", "text_encoders/clip_l", "text_encoders/clip_l_other",
     "text_encoders/clip_l_fp8", "controlnet/flux",

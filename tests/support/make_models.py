@@ -283,6 +283,7 @@ MODELS = {
     "diffusion_models/big_b": lambda: big_flux(12),
     "diffusion_models/big_fp32": lambda: big_flux(2, torch.float32),
     "diffusion_models/middle_a": lambda: flux(2, hidden=512, depth=2, single=4),
+    "diffusion_models/deep": lambda: flux(2, hidden=512, depth=2, single=60),
     "diffusion_models/middle_b": lambda: flux(12, hidden=512, depth=2, single=4),
     "diffusion_models/middle_fp32": lambda: flux(2, torch.float32, hidden=512, depth=2, single=4),
     "vae/taesd": lambda: taesd(4),

@@ -53,6 +53,8 @@ class Program:
         self._group: Group | None = None
         self._shares: Sequence[float] = ()
         self._pace: Pace | None = None
+        self._link = 0.0  # bytes per second that come from the others
+        self._owned: dict[tuple[str, str], Any] = {}  # by model and mode, what its weights are shared out by in this group
 
     def about(self) -> dict[str, Any]:
         """Where it runs, and what memory it has: bytes free on its device, bytes of RAM: its own, and its part of all."""
@@ -76,12 +78,13 @@ class Program:
         with torch.inference_mode():
             self._models[key].patch(digest, parcel, sent)
 
-    def predict(self, key: str, digest: str, parcel: Parcel, way: str, guests: bool) -> dict[str, Any]:
+    def predict(self, key: str, digest: str, parcel: Parcel, way: str, guests: bool, weights: str = "") -> dict[str, Any]:
         """One batch.
 
         Args:
             way: `sharing.HEADS` or `sharing.TOKENS`, for which all workers are asked at the same time; else it is of this one.
             guests: packs take part, and are looked at for a state of their own.
+            weights: how they are shared out, by `weights.MODES`, for which all workers are asked too; "" is not at all.
 
         Returns:
             The answer, and what it took; or under "unsuited" why it cannot be computed in this way.
@@ -99,7 +102,10 @@ class Program:
             before = pack(options, files=False).digest() if guests else ""
             ready = time.perf_counter()
             try:
-                answer, shared = self._shared(way, model, arguments) if way in TOGETHER else (model.predict(arguments), 0)
+                if way in TOGETHER or weights:
+                    answer, shared = self._together(key, way, weights, model, arguments, apart=not guests)
+                else:
+                    answer, shared = model.predict(arguments), 0
             except Unsuited as unsuited:
                 return {"unsuited": str(unsuited), "free_bytes": self._free()}
             computed = time.perf_counter()
@@ -132,19 +138,31 @@ class Program:
             packed = pack(answer, files=False)
         return {"answer": packed, "seconds": time.perf_counter() - began, "compute_seconds": computed - started}
 
-    def _shared(self, way: str, model: Any, arguments: dict[str, Any]) -> tuple[torch.Tensor, int]:
+    def _together(self, key: str, way: str, weights: str, model: Any, arguments: dict[str, Any],
+                  apart: bool) -> tuple[torch.Tensor, int]:
         """(the prediction, calls of attention that were shared)."""
         if self._group is None or self._pace is None:
             raise PeerLost("the workers have not met")
         try:
+            owned = self._owned_of(key, weights, self._group)
+            if way not in TOGETHER:
+                return model.predict(arguments, owned, apart), 0
             with sharing(way, model.diffusion_model, arguments, self._group, self._shares, self._pace) as parallel, \
                     self._attention.sharing(parallel):
-                return model.predict(arguments), parallel.shared
+                return model.predict(arguments, owned, apart), parallel.shared
         except Unsuited:  # all workers find it alike
             raise
         except BaseException:
             self._leave()  # the others wait for this one no longer
             raise
+
+    def _owned_of(self, key: str, weights: str, group: Group) -> Any:
+        """How a model's weights are shared out in this group; None if they are not."""
+        if not weights:
+            return None
+        from .weights import MODES
+
+        return self._owned.setdefault((key, weights), MODES[weights](group, self._shares))
 
     def address(self, local: bool) -> str:
         """Where the workers can meet, on this worker's machine. `local`: all of them are there."""
@@ -157,6 +175,8 @@ class Program:
         Raises:
             PeerLost: not all came, or the test did not give what it should.
         """
+        from .weights.measuring import link_of
+
         self._leave()
         self._group = Group(rank, len(shares), address, device=self._device, timeout=timeout, interface=_interface(address))
         self._shares, self._pace = shares, Pace(self._group)
@@ -165,11 +185,21 @@ class Program:
             met = self._group.gather(mine, 0, [1] * len(shares))
             if met[:, 0].tolist() != list(map(float, range(len(shares)))):
                 raise RuntimeError(f"the workers exchanged {met[:, 0].tolist()}")
+        self._link = link_of(self._group, self._device)
+
+    def measure(self, key: str) -> dict[str, Any]:
+        """What decides where a model's weights are to lie: see `weights.measuring`."""
+        from .weights.measuring import measure
+
+        with torch.inference_mode():
+            self._models.release(key)
+            return measure(self._models[key].diffusion_model, self._device, self._link)
 
     def _leave(self) -> None:
         if self._group is not None:
             self._group.close()
             self._group = None
+            self._owned.clear()
 
     def release(self, key: str | None = None) -> None:
         """Takes a model, or all, off the device; their weights are the file's mapping again."""
@@ -181,6 +211,7 @@ class Program:
         """The host has no such model any more."""
         with torch.inference_mode():
             self._models.remove(key)
+        self._owned = {name: owned for name, owned in self._owned.items() if name[0] != key}
         gc.collect()
         self._management.soft_empty_cache()
 

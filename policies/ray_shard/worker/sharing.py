@@ -12,7 +12,7 @@ from .pace import Pace
 from .tokens import TokenParallel, Unsuited
 
 HEADS, TOKENS = "heads", "tokens"
-TOGETHER = (HEADS, TOKENS)
+TOGETHER = (HEADS, TOKENS)  # share attention; in other ways each worker computes what it was given as if alone
 
 _OVERRIDE = "optimized_attention_override"
 

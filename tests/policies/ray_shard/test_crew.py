@@ -183,7 +183,7 @@ def make(fake: FakeRay, host: Host) -> Iterator[Callable[..., Crew]]:
     def make(count: int = 2, device: str = "cpu", **settings: Any) -> Crew:
         devices = settings.pop("devices", None) or [
             WorkerSettings(device if device == "cpu" else f"{device}:{place}") for place in range(count)]
-        made.append(Crew(Settings(**{"heads": False, "tokens": False, **settings}), devices,
+        made.append(Crew(Settings(**{"heads": False, "tokens": False, "weights": "replicate", **settings}), devices,
                          lambda: {"threads": 8}, host.raise_if_cancelled))
         return made[-1]
 

@@ -17,10 +17,11 @@ from residency.policies.chain import PolicyChain
 from residency.policies.policy import Decision, Policy
 from residency.policies.ray_shard import branches
 from residency.policies.ray_shard.branches import lane, side_by_side
-from residency.policies.ray_shard.dispatch import HEADS, ROWS, TOKENS, Dispatcher
+from residency.policies.ray_shard.dispatch import Dispatcher
 from residency.policies.ray_shard.memo import Received
 from residency.policies.ray_shard.parcels import pack
 from residency.policies.ray_shard.settings import Settings
+from residency.policies.ray_shard.ways import HEADS, ROWS, TOKENS
 from residency.policies.ray_shard.workers import Failed, Lost, Worker
 from residency.policies.requests import Request
 from residency.policies.sampling import Predict
@@ -48,6 +49,7 @@ class Call:
     way: str
     guests: bool
     chunks: list[int]
+    weights: str = ""
 
 
 class Handle:
@@ -58,17 +60,20 @@ class Handle:
         self.received = Received()
         self.ask = self
 
-    def remote(self, what: str, key: str, digest: str, parcel: Any, way: str, guests: bool) -> Any:
+    def remote(self, what: str, key: str, *asked: Any) -> Any:
+        if what == "measure":
+            return lambda: self.crew.measured
+        _, parcel, way, guests, weights = asked
         try:
             arguments = self.received.open(parcel, CPU)
         except KeyError as error:
             return partial(self._raise, Failed(f"KeyError: {error}"))
         named = arguments["transformer_options"].get("cond_or_uncond", [])
-        self.crew.calls.append(Call(self.rank, len(arguments["x"]), way, guests, named))
+        self.crew.calls.append(Call(self.rank, len(arguments["x"]), way, guests, named, weights))
         if way in self.crew.unsuited:
             return lambda: {"unsuited": self.crew.unsuited[way], "free_bytes": 0}
         return lambda: {"answer": pack(self.crew.model(arguments), files=False), "seconds": 0.1, "compute_seconds": 0.05,
-                        "free_bytes": 1000 + self.rank, "shared": self.crew.shared if way != ROWS else 0,
+                        "free_bytes": 1000 + self.rank, "shared": self.crew.shared if way in (TOKENS, HEADS) else 0,
                         "stateful": self.crew.stateful and guests, "whole": self.crew.whole}
 
     def _raise(self, error: Exception) -> Any:
@@ -83,6 +88,7 @@ class FakeCrew:
         self.model: Model = double
         self.shared, self.stateful, self.whole = 3, False, ""
         self.unsuited: dict[str, str] = {}
+        self.measured: Any = None
         self.broken, self.grouped = "", False
         self.error: BaseException | None = None
         self.lost: list[tuple[list[int], str]] = []
@@ -92,7 +98,7 @@ class FakeCrew:
     def ready(self) -> Sequence[Worker]:
         return () if self.broken else self.workers
 
-    def gather(self, asked: Mapping[Worker, Any], seconds: float, check: Callable[[], None]) -> list[Any]:
+    def gather(self, asked: Mapping[Worker, Any], seconds: float, check: Callable[[], None] = lambda: None) -> list[Any]:
         if self.error is not None:
             raise self.error
         check()
@@ -155,7 +161,8 @@ class Scene:
 
     def __init__(self, count: int = 2, weights: Sequence[float] = (), **settings: Any) -> None:
         self.crew, self.freighter = FakeCrew(count, weights), FakeFreighter()
-        self.dispatcher = Dispatcher(Settings(**{"verify": "off", **settings}), cast(Any, self.crew), cast(Any, self.freighter))
+        chosen = Settings(**{"verify": "off", "weights": "replicate", **settings})
+        self.dispatcher = Dispatcher(chosen, cast(Any, self.crew), cast(Any, self.freighter))
         self.chain = PolicyChain([Sharding(self.dispatcher)], is_cancel=lambda error: isinstance(error, Cancel))
         self.remote = FakeRemote()
         self.hosts = 0

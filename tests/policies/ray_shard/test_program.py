@@ -29,7 +29,8 @@ class Worker:
     def __init__(self) -> None:
         self.program = object.__new__(Program)
         vars(self.program).update(_management=comfy.model_management, _attention=attention, _device=CPU,
-                                  _models=Models(CPU, CPU), _received=Received(), _group=None, _shares=(), _pace=None)
+                                  _models=Models(CPU, CPU), _received=Received(), _group=None, _shares=(), _pace=None,
+                                  _owned={}, _link=0.0)
         self.sent = Sent()
         self.patcher = tiny.patcher()
 
@@ -162,7 +163,8 @@ def test_heads_of_a_group_of_one(worker: Worker) -> None:
         return function(*args, **kwargs)
 
     with torch.inference_mode():
-        worker.program._shared("heads", worker.program._models["model"], tiny.arguments(optimized_attention_override=override))
+        worker.program._together("model", "heads", "", worker.program._models["model"],
+                                 tiny.arguments(optimized_attention_override=override), apart=True)
     assert asked
     assert worker.program._group is not None
     worker.program._leave()

@@ -1,0 +1,104 @@
+"""Workers that share out the weights of a model, under a real ComfyUI: the same latents, on the CPU and on simulated devices
+that the whole model does not fit.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import COMFYUI
+from e2e.conftest import troubles, wait_for
+from e2e.test_ray import FLUX, LORA, TOLERANCE, WAN, Pair, pair, patched, sampled, settings
+from e2e.test_ray_tokens import LTXV
+from support import workflows
+from support.server import MB, PATCHING_NODES, SIZING_NODES, Server
+from support.workflows import Workflow
+
+pytestmark = pytest.mark.ray
+
+FLUX_LORA = workflows.text_to_latent("flux_a_fp32", loras=LORA)
+FLOWS = [
+    pytest.param(FLUX, id="Flux"),
+    pytest.param(sampled(FLUX, cfg=1.0), id="Flux, one row"),
+    pytest.param(FLUX_LORA, id="Flux, LoRA"),
+    pytest.param(workflows.text_to_latent("flux_quantised"), id="quantised"),
+    pytest.param(workflows.with_controlnet("flux_a_fp32", "flux"), id="ControlNet"),
+    pytest.param(patched(FLUX, "ScaleAttention", 0.5), id="a custom attention"),
+    pytest.param(sampled(FLUX, batch=3), id="three latents"),
+    pytest.param(LTXV, id="LTXV"),
+    pytest.param(sampled(LTXV, cfg=1.0), id="LTXV, one row"),
+]
+
+
+@pytest.fixture(scope="module", params=["blocks", "pipeline"])
+def shared(request: pytest.FixtureRequest, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    with pair(models, tmp_path_factory, settings(2, verify="off", weights=request.param),
+              packs=[PATCHING_NODES, SIZING_NODES]) as servers:
+        found = Pair(*servers)
+        found.mode = request.param  # type: ignore[attr-defined]
+        yield found
+        assert troubles(servers[1]) == []
+        assert servers[1].events("worker.lost") == []
+
+
+def modes(pair: Pair) -> set[str]:
+    """In which the weights lay for the last prompt."""
+    return {way.rpartition(", ")[2] for way in pair.calls()}
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_latents_are_those_of_comfyui_alone(shared: Pair, flow: Workflow) -> None:
+    """And all of it was predicted by workers, none of which has all of the weights."""
+    assert shared.error(flow) <= TOLERANCE
+    assert modes(shared) == {shared.mode}  # type: ignore[attr-defined]
+
+
+def test_gguf_weights_are_shared_out(shared: Pair) -> None:
+    """In the format that they have in the file."""
+    flow, twin = workflows.text_to_latent("flux_mixed.gguf"), workflows.text_to_latent("flux_mixed_fp32")
+    assert shared.error(flow, like=twin) <= TOLERANCE
+    assert modes(shared) == {shared.mode}  # type: ignore[attr-defined]
+
+
+def test_lora_goes_on_and_off(shared: Pair) -> None:
+    """The control: what the LoRA changes is seen."""
+    for flow in (FLUX_LORA, FLUX, FLUX_LORA):
+        assert shared.error(flow) <= TOLERANCE
+    assert shared.error(FLUX_LORA, like=FLUX) > 10 * TOLERANCE
+
+
+def test_a_model_that_is_hardly_blocks_is_not_shared_out(shared: Pair) -> None:
+    """This one's text embedding is larger than all of its blocks."""
+    assert shared.error(WAN) <= TOLERANCE
+    assert set(shared.calls()) == {"rows"}
+    assert any("hold most of its weight" in event["reason"] for event in shared.plugin.events("shard.demoted"))
+
+
+def test_lora_that_hooks_schedule_are_streamed_instead(shared: Pair) -> None:
+    """The workers say why."""
+    assert shared.error(workflows.hooked_lora("flux_a_fp32", "flux_one")) <= TOLERANCE
+    assert any("hooks schedule" in event["reason"] for event in shared.plugin.events("shard.demoted"))
+
+
+def free(server: Server, flow: Workflow) -> list[int]:
+    """Bytes on the device of each worker after a prompt."""
+    seen = len(server.events("shard.workers"))
+    server.run(flow)
+    wait_for(lambda: len(server.events("shard.workers")) > seen)
+    return list(server.events("shard.workers")[-1]["free_bytes"].values())
+
+
+@pytest.mark.parametrize(("mode", "world"), [("blocks", 2), ("pipeline", 2), ("blocks", 3)])
+def test_a_model_that_fits_no_device(models: Path, simulated_npu: None, tmp_path_factory: pytest.TempPathFactory, mode: str,
+                                     world: int) -> None:
+    """On its device each worker has its share and at most a tenth of the model more."""
+    size = (models / "diffusion_models" / "deep.safetensors").stat().st_size
+    text = settings('"auto"', verify="off", weights=mode).replace("'", "")
+    with Server(COMFYUI, tmp_path_factory.mktemp("plugin"), models, settings=text, device_mb=1600,
+                env={"SIMNPU_DEVICES": str(world)}) as server:
+        left = free(server, workflows.text_to_latent("deep", loras=(("middle", 1.0),)))
+        ways = set(server.events("shard.finished")[-1]["calls"])
+        assert {way.rpartition(", ")[2] for way in ways} == {mode}
+        assert max(1600 * MB - each for each in left) <= (1 / world + 0.1) * size
+        assert troubles(server) == []
