@@ -56,7 +56,8 @@ class Pieces:
 class Unpacker(pickle.Unpickler):
     """Finds what the sender knew to be here already, and files."""
 
-    def __init__(self, stream: io.BytesIO, buffers: Iterable[Any], known: Mapping[str, Any], sent: Sequence[Pieces]) -> None:
+    def __init__(self, stream: io.BytesIO, buffers: Iterable[Any], known: Mapping[str, Any],
+                 sent: Sequence[Pieces] = ()) -> None:
         super().__init__(stream, buffers=buffers)
         self._known = known
         self._files: dict[FileName, Any] = {pieces.name: pieces for pieces in sent}
