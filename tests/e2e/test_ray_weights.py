@@ -10,9 +10,8 @@ import pytest
 from conftest import COMFYUI
 from e2e.conftest import troubles, wait_for
 from e2e.test_ray import FLUX, LORA, TOLERANCE, WAN, Pair, pair, patched, sampled, settings
-from e2e.test_ray_tokens import LTXV
 from support import workflows
-from support.server import MB, PATCHING_NODES, SIZING_NODES, Server
+from support.server import MB, Server
 from support.workflows import Workflow
 
 pytestmark = pytest.mark.ray
@@ -26,15 +25,12 @@ FLOWS = [
     pytest.param(workflows.with_controlnet("flux_a_fp32", "flux"), id="ControlNet"),
     pytest.param(patched(FLUX, "ScaleAttention", 0.5), id="a custom attention"),
     pytest.param(sampled(FLUX, batch=3), id="three latents"),
-    pytest.param(LTXV, id="LTXV"),
-    pytest.param(sampled(LTXV, cfg=1.0), id="LTXV, one row"),
 ]
 
 
 @pytest.fixture(scope="module", params=["blocks", "pipeline"])
 def shared(request: pytest.FixtureRequest, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    with pair(models, tmp_path_factory, settings(2, verify="off", weights=request.param),
-              packs=[PATCHING_NODES, SIZING_NODES]) as servers:
+    with pair(models, tmp_path_factory, settings(2, verify="off", weights=request.param)) as servers:
         found = Pair(*servers)
         found.mode = request.param  # type: ignore[attr-defined]
         yield found
