@@ -98,8 +98,11 @@ def video(model: str, vae: str, *, seed: int = 1, prefix: str = "out") -> Workfl
 
 
 def ltx_video(model: str, *, prefix: str = "out") -> Workflow:
-    """An LTX-like model on nine frames."""
+    """An LTX-like model on nine frames. Its text has a mask, for which the pack `sizing_nodes` has a node."""
     flow = text_to_latent(model, prefix=prefix)
+    for text in ("positive", "negative"):
+        flow[f"masked_{text}"] = node("MaskText", conditioning=[text, 0], tokens=20)
+        flow["sample"]["inputs"][text] = [f"masked_{text}", 0]
     flow["empty"] = node("EmptyLTXVLatentVideo", width=96, height=64, length=9, batch_size=1)
     return flow
 

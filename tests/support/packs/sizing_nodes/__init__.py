@@ -1,8 +1,10 @@
-"""No nodes: has ComfyUI take the sizes of a model from its file's metadata for every family, not for LTX-Video only, so that
-models of families whose sizes it takes for granted can be tiny too."""
+"""What models need to be tiny. ComfyUI takes the sizes of a model from its file's metadata for every family, not for LTX-Video
+only; and a node gives a text the mask that a larger encoder would give."""
 import json
 
 import comfy.model_detection
+import node_helpers
+import torch
 
 detect = comfy.model_detection.detect_unet_config
 
@@ -16,4 +18,21 @@ def detect_with_metadata(state_dict, key_prefix, metadata=None):
 
 comfy.model_detection.detect_unet_config = detect_with_metadata
 
-NODE_CLASS_MAPPINGS = {}
+
+class MaskText:
+    """Only the first tokens of a text count."""
+
+    RETURN_TYPES = ("CONDITIONING",)
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"conditioning": ("CONDITIONING",), "tokens": ("INT", {"default": 20})}}
+
+    def run(self, conditioning, tokens):
+        mask = torch.zeros(1, conditioning[0][0].shape[1], dtype=torch.long)
+        mask[:, :tokens] = 1
+        return (node_helpers.conditioning_set_values(conditioning, {"attention_mask": mask}),)
+
+
+NODE_CLASS_MAPPINGS = {"MaskText": MaskText}
