@@ -242,7 +242,8 @@ def test_a_worker_for_each_accelerator(models: Path, simulated_npu: None, tmp_pa
 
 def test_one_worker_holds_the_file_itself(models: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Four of them hold the weights of a file as one does: what all have together, shared pages counted once, is its size."""
-    with Server(COMFYUI, tmp_path_factory.mktemp("plugin"), models, settings=settings(4, verify="off", heads=False, tokens=False)) as server:
+    text = settings(4, verify="off", heads=False, tokens=False)
+    with Server(COMFYUI, tmp_path_factory.mktemp("plugin"), models, settings=text) as server:
         before = _held(server, sampled(FLUX, batch=4))
         after = _held(server, sampled(workflows.text_to_latent("middle_fp32"), batch=4))
         loaded = server.events("shard.loaded")[-2:]
