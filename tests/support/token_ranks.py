@@ -40,11 +40,12 @@ class Lonely(TokenParallel):
         return func(q, k, v, heads, mask=mask if self.spread is None else None, **kwargs)
 
 
-def compare(group: Group, make: Callable[[], TokenParallel], alone: dict[str, torch.Tensor]) -> dict[str, Any]:
+def compare(group: Group, make: Callable[[], TokenParallel], models: dict[str, torch.nn.Module],
+            alone: dict[str, torch.Tensor]) -> dict[str, Any]:
     """By case. All ranks have the result, and so find the same error."""
     results = {}
     for name, case in CASES.items():
-        model, tokens = case.model(), make()
+        model, tokens = models[name], make()
         flow = family(model)
         assert flow is not None, f"{type(model)} has no family"
         before = group.collectives, group.sent
@@ -63,11 +64,12 @@ def main() -> None:
     attention.install()
     results = {}
     with torch.inference_mode():
-        alone = {name: case.call(case.model(), {}) for name, case in CASES.items()}
+        models = {name: case.model() for name, case in CASES.items()}
+        alone = {name: case.call(models[name], {}) for name, case in CASES.items()}
         for (way, (world, shares, lots)), port in zip({**WAYS, LONELY: WAYS["two"]}.items(), ports, strict=True):
             if rank < world:
                 group = Group(rank, world, f"127.0.0.1:{port}")
                 kind = Lonely if way == LONELY else TokenParallel
-                results[way] = compare(group, partial(kind, group, shares, Pace(group, lots)), alone)
+                results[way] = compare(group, partial(kind, group, shares, Pace(group, lots)), models, alone)
                 group.close()
     print(json.dumps(results))
