@@ -17,10 +17,7 @@ from typing import Any
 
 import torch
 
-from .heads import HeadParallel
-from .tokens import TokenParallel
-
-Parallel = HeadParallel | TokenParallel
+from .parallel import Parallel
 
 # Of the step that is computed now; other threads of the process compute by themselves.
 _current: ContextVar[Parallel | None] = ContextVar("sharing", default=None)

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from .group import Exchange
-
-Attention = Callable[..., torch.Tensor]
+from .parallel import Attention, Parallel
 
 
 def split(heads: int, shares: Sequence[float]) -> list[int]:
@@ -28,7 +27,7 @@ def split(heads: int, shares: Sequence[float]) -> list[int]:
     return got
 
 
-class HeadParallel:
+class HeadParallel(Parallel):
     """Shares attention calls among the ranks of a group; `attention` is an override for ComfyUI's `transformer_options`.
 
     Args:
@@ -48,13 +47,6 @@ class HeadParallel:
             raise ValueError(f"{group.world} ranks want as many shares, none negative and not all zero, not {self._shares}")
         self._group = group
         self._inside = False
-        self.shared = self.whole = 0
-
-    def over(self, theirs: Callable[..., torch.Tensor] | None) -> Callable[..., torch.Tensor]:
-        """An override for an attention that already has one: theirs is asked on each rank, for that rank's heads."""
-        if theirs is None:
-            return self.attention
-        return lambda func, *args, **kwargs: self.attention(functools.partial(theirs, func), *args, **kwargs)
 
     def attention(self, func: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int,
                   mask: torch.Tensor | None = None, attn_precision: Any = None, skip_reshape: bool = False,

@@ -9,6 +9,7 @@ from .families import family
 from .group import Exchange
 from .heads import HeadParallel
 from .pace import Pace
+from .parallel import Parallel
 from .tokens import TokenParallel, Unsuited
 
 HEADS, TOKENS = "heads", "tokens"
@@ -19,7 +20,7 @@ _OVERRIDE = "optimized_attention_override"
 
 @contextlib.contextmanager
 def sharing(way: str, model: Any, arguments: dict[str, Any], group: Exchange,
-            shares: Sequence[float], pace: Pace) -> Iterator[HeadParallel | TokenParallel]:
+            shares: Sequence[float], pace: Pace) -> Iterator[Parallel]:
     """Attention of a diffusion model is shared in this way until the end of the `with`.
 
     Args:
@@ -30,7 +31,7 @@ def sharing(way: str, model: Any, arguments: dict[str, Any], group: Exchange,
     """
     options = arguments["transformer_options"]
     with contextlib.ExitStack() as stack:
-        parallel: HeadParallel | TokenParallel
+        parallel: Parallel
         if way == TOKENS:
             parallel = TokenParallel(group, shares, pace)
             stack.enter_context(_flow(model, options)(model, parallel))

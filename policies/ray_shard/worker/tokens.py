@@ -19,16 +19,17 @@ from typing import Any
 import torch
 
 from .group import Exchange
-from .heads import Attention, split
+from .heads import split
 from .layout import Layout
 from .pace import Pace
+from .parallel import Attention, Parallel
 
 
 class Unsuited(Exception):
     """This call's tokens cannot be shared out. All ranks find it alike, before or after the same exchanges."""
 
 
-class TokenParallel:
+class TokenParallel(Parallel):
     """Shares the tokens of a step among the ranks of a group; `attention` is an override for ComfyUI's `transformer_options`.
 
     Args:
@@ -51,7 +52,6 @@ class TokenParallel:
         self.rank = group.rank
         self._layouts: tuple[Layout, Layout] | None = None  # of queries; of keys and values
         self._inside = False
-        self.shared = self.whole = 0
         self.mask: torch.Tensor | None = None
         self.parts: dict[torch.Tensor, Layout] = {}
         self.before = 0
@@ -99,12 +99,6 @@ class TokenParallel:
             yield
         finally:
             self._layouts = kept
-
-    def over(self, theirs: Callable[..., torch.Tensor] | None) -> Callable[..., torch.Tensor]:
-        """An override for an attention that already has one: theirs is asked on each rank, for that rank's heads."""
-        if theirs is None:
-            return self.attention
-        return lambda func, *args, **kwargs: self.attention(functools.partial(theirs, func), *args, **kwargs)
 
     def attention(self, func: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int,
                   mask: torch.Tensor | None = None, attn_precision: Any = None, skip_reshape: bool = False,

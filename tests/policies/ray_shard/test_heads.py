@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from comfy.ldm.modules import attention as comfy_attention
-from residency.policies.ray_shard.worker.heads import Attention, HeadParallel, split
+from residency.policies.ray_shard.worker.heads import HeadParallel, split
+from residency.policies.ray_shard.worker.parallel import Attention
 from support.head_ranks import LONELY, WAYS
 from support.ranks import ranks_of
 
