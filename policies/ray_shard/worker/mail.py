@@ -20,13 +20,15 @@ class Pending:
         self._data, self._arrive, self._device = data, arrive, device
 
     def wait(self) -> torch.Tensor:
-        """The bytes, where they are wanted.
+        """The bytes, where they are wanted; they can be had once.
 
         Raises:
             PeerLost: another rank did not take part.
         """
         self._arrive()
-        return self._data.to(self._device)
+        data = self._data
+        del self._arrive, self._data  # whoever keeps this does not keep what carried them
+        return data.to(self._device)
 
 
 def broadcast(group: Group, root: int, data: torch.Tensor | int, device: torch.device) -> Pending:

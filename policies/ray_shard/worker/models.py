@@ -1,7 +1,8 @@
 """Models in a worker: ComfyUI's own patcher applies what is patched, and places the weights."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,18 +29,20 @@ class Home:
 
     def __init__(self, layer: torch.nn.Module, leaf: str) -> None:
         self._layer, self._leaf = layer, leaf
-        self._lent: Any = layer._parameters[leaf]
-        self._kept = _over(self._lent)
+        lent: Any = layer._parameters[leaf]
+        self._kept = _over(lent)
+        self._lent: Callable[[], Any] = weakref.ref(lent)  # it may be given memory on a device, which ends with its use
 
     def leave(self) -> None:
         """Gives the weight memory of its own: hooks write to it in place, and others see what is here."""
         here: Any = self._layer._parameters[self._leaf]
-        if here is self._lent and here.device == self._kept.device:
+        if here is self._lent() and here.device == self._kept.device:
             self._layer._parameters[self._leaf] = torch.nn.Parameter(self._kept.clone(), requires_grad=False)
 
     def come_back(self) -> None:
         """The weight lies here again; nothing is copied."""
-        self._layer._parameters[self._leaf] = self._lent = _over(self._kept)
+        here = self._layer._parameters[self._leaf] = _over(self._kept)
+        self._lent = weakref.ref(here)
 
 
 def _over(weight: Any) -> torch.nn.Parameter:

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from comfy.model_management import soft_empty_cache
 from comfy.patcher_extension import CallbacksMP
 
+from ....memory import trim
 from ..group import Group
 from ..tokens import Unsuited
 from .units import Unit, Weights, units_of, weight_of
@@ -62,6 +64,7 @@ class Owned(abc.ABC):
         patcher.add_callback_with_key(CallbacksMP.ON_DETACH, _OURS, lambda *_: self._taken_off())
         crowded = f"worker {self.group.rank} has no room for its part of the weights"
         self._news = pickle.dumps(crowded if getattr(patcher.model, "model_lowvram", False) else self._placed())
+        soft_empty_cache()  # what weights lay in before is as large as what they lie in now
 
     def is_whole(self) -> bool:
         """Whether all that was placed is still there: ComfyUI takes models off a device that it needs."""
@@ -91,7 +94,12 @@ class Owned(abc.ABC):
             PeerLost: another rank did not take part.
         """
         self._agree()
-        return self._run(predict, x, arguments, apart)
+        try:
+            return self._run(predict, x, arguments, apart)
+        finally:
+            if self.group.place(x.device) != x.device:  # what came through RAM is kept by allocators, there and on the device
+                soft_empty_cache()
+                trim()
 
     def bytes_here(self) -> int:
         """Of the weights that lie with this rank."""

@@ -43,6 +43,8 @@ def write(weights: Weights, device: torch.device) -> tuple[torch.Tensor, bytes]:
     for offset, tensor in sheet.lying:
         dense = tensor.detach().as_strided((tensor.numel(),), (1,))
         flat[offset:offset + tensor.nbytes].copy_(dense.view(torch.uint8))
+    sheet.lying.clear()  # a pickler refers to itself: the tensors would be there until Python looks for such circles
+    sheet.clear_memo()
     return flat, sheet.stream.getvalue()
 
 
