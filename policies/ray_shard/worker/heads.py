@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from .group import Exchange
 from .parallel import Attention, Parallel
 
 
@@ -40,13 +39,6 @@ class HeadParallel(Parallel):
     Raises:
         ValueError: the shares are not one non-negative number for each rank.
     """
-
-    def __init__(self, group: Exchange, shares: Sequence[float] | None = None) -> None:
-        self._shares = [1.0] * group.world if shares is None else [float(share) for share in shares]
-        if len(self._shares) != group.world or min(self._shares) < 0 or not 0 < math.fsum(self._shares) < math.inf:
-            raise ValueError(f"{group.world} ranks want as many shares, none negative and not all zero, not {self._shares}")
-        self._group = group
-        self._inside = False
 
     def attention(self, func: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int,
                   mask: torch.Tensor | None = None, attn_precision: Any = None, skip_reshape: bool = False,

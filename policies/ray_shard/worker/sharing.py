@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ..ways import HEADS, TOKENS
 from .families import family
 from .group import Exchange
 from .heads import HeadParallel
@@ -12,7 +13,6 @@ from .pace import Pace
 from .parallel import Parallel
 from .tokens import TokenParallel, Unsuited
 
-HEADS, TOKENS = "heads", "tokens"
 TOGETHER = (HEADS, TOKENS)  # share attention; in other ways each worker computes what it was given as if alone
 
 _OVERRIDE = "optimized_attention_override"

@@ -46,12 +46,10 @@ class TokenParallel(Parallel):
     """
 
     def __init__(self, group: Exchange, shares: Sequence[float] | None = None, pace: Pace | None = None) -> None:
-        self._shares = [1.0] * group.world if shares is None else [float(share) for share in shares]
-        self._group = group
+        super().__init__(group, shares)
         self._pace = pace or Pace(group)
         self.rank = group.rank
         self._layouts: tuple[Layout, Layout] | None = None  # of queries; of keys and values
-        self._inside = False
         self.mask: torch.Tensor | None = None
         self.parts: dict[torch.Tensor, Layout] = {}
         self.before = 0
