@@ -14,6 +14,8 @@ from typing import Any
 
 import psutil
 
+from ...memory import keep_little
+
 
 class PathNames:
     """Finds modules that ComfyUI named after the path of a node pack, by running what lies there under the same name."""
@@ -46,6 +48,8 @@ def become(twin: Mapping[str, Any], device: str, mates: int) -> None:
     import comfy.model_management  # with the packages of an accelerator, which torch knows by its name from then on
 
     kind, _, index = device.partition(":")
+    if kind != "cpu":
+        keep_little()  # RAM is where bytes pass through
     if kind not in ("cpu", "cuda"):  # of CUDA's devices only one can be seen here
         torch.get_device_module(kind).set_device(int(index or 0))
 
