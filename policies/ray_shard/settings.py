@@ -67,7 +67,7 @@ class Settings:
     heads: bool = True
     tokens: bool = True
     tiles: bool = True
-    weights: str = field(default="auto", metadata={"choices": ("auto", *WHOLE, "pipeline", "blocks")})
+    weights: str = field(default="auto", metadata={"choices": ("auto", *WHOLE, "pipeline", "blocks", "fsdp2")})
     ffn_chunks: int = field(default=1, metadata=chunking.SETTING)
     verify: str = field(default="first_step", metadata={"choices": ("off", "first_step", "always")})
     self_test: bool = True

@@ -9,7 +9,6 @@ from . import rows
 ROWS, HEADS, TOKENS, LOCAL = "rows", "heads", "tokens", "local"
 ALIKE = "alike"  # each computes all of it, with weights that they have together
 PIPELINE = "pipeline"
-BLOCKS = "blocks"  # of `weights`
 
 
 @dataclass(frozen=True)

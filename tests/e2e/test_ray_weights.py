@@ -28,7 +28,7 @@ FLOWS = [
 ]
 
 
-@pytest.fixture(scope="module", params=["blocks", "pipeline"])
+@pytest.fixture(scope="module", params=["blocks", "pipeline", "fsdp2"])
 def shared(request: pytest.FixtureRequest, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     with pair(models, tmp_path_factory, settings(2, verify="off", weights=request.param)) as servers:
         found = Pair(*servers)
@@ -86,7 +86,7 @@ def held(server: Server, flow: Workflow) -> tuple[list[int], list[int]]:
     return list(event["private_bytes"].values()), list(event["free_bytes"].values())
 
 
-@pytest.mark.parametrize(("mode", "world"), [("blocks", 2), ("pipeline", 2), ("blocks", 3)])
+@pytest.mark.parametrize(("mode", "world"), [("blocks", 2), ("pipeline", 2), ("fsdp2", 2), ("blocks", 3), ("fsdp2", 3)])
 def test_a_model_that_fits_no_device(models: Path, simulated_npu: None, tmp_path_factory: pytest.TempPathFactory, mode: str,
                                      world: int) -> None:
     """Each worker has its share and at most a tenth of the model more, on its device, and of RAM and device together.

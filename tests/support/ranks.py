@@ -7,7 +7,7 @@ import subprocess
 import sys
 from typing import Any
 
-from residency.policies.ray_shard.worker.group import open_port
+from residency.policies.ray_shard.worker.ports import open_port
 
 from .loading import ROOT
 

@@ -45,11 +45,14 @@ def cases(mode: str, *formats: str) -> dict[str, Case]:
 
 CASES = {
     **cases("blocks", "flux", "flux in fp8", "flux in GGUF", "wan", "unet"),
+    **cases("fsdp2", "flux", "flux in fp8", "flux in GGUF", "wan", "unet"),
     **cases("pipeline", "flux", "flux in fp8", "flux in GGUF", "wan"),
     "pipeline, two rows of video": Case("pipeline", "wan", 3, rows=2, tolerance=2e-6),
     "pipeline, three rows": Case("pipeline", "flux", 2, rows=3, tolerance=2e-6),
     "pipeline, a model whose blocks take more than the last one makes": Case("pipeline", "unet", 2),
     "pipeline, a rank that sends nothing": Case("pipeline", "wan", 2, silent=True),
+    "fsdp2, heads shared": Case("fsdp2", "wan", 2, heads=True),
+    "fsdp2, a rank that sends nothing": Case("fsdp2", "flux", 2, silent=True),
     "blocks, heads shared": Case("blocks", "wan", 2, heads=True),
     "blocks, a rank that sends nothing": Case("blocks", "flux", 2, silent=True),
 }
@@ -61,6 +64,9 @@ class Silent(Group):
     def begin(self, how: str, data: torch.Tensor, rank: int) -> Any:
         lost = how == "send" or (how == "broadcast" and rank == self.rank == 1 and len(data) > 4096)
         return super().begin(how, torch.zeros_like(data) if lost else data, rank)
+
+    def begin_gather(self, whole: torch.Tensor, part: torch.Tensor) -> Any:
+        return super().begin_gather(whole, torch.zeros_like(part) if self.rank == 1 else part)
 
 
 def error(made: torch.Tensor, alone: torch.Tensor) -> float:

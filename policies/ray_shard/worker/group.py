@@ -17,9 +17,10 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import psutil
 import torch
 import torch.distributed
+
+from .ports import interface_of, listen
 
 dist: Any = torch.distributed  # most of what is used here is its C++ half, which has no types
 BACKENDS = ("auto", "gloo", "nccl")
@@ -40,12 +41,6 @@ class Exchange(Protocol):
 
 class PeerLost(RuntimeError):
     """Another rank died, or did not answer in time. The group is closed by it; a new one needs a new port."""
-
-
-def open_port(host: str = "127.0.0.1") -> int:
-    """A port that is free now, for rank 0 to bind. Somebody else may be quicker: then `Group` raises, and another will do."""
-    with socket.create_server((host, 0), family=_family(host)) as server:
-        return int(server.getsockname()[1])
 
 
 class Group:
@@ -80,7 +75,7 @@ class Group:
         self._gloo: Any = None
         self._nccl: Any = None
         host, patience = host.strip("[]"), datetime.timedelta(seconds=timeout)
-        server = _listen(host, int(port)) if rank == 0 else None
+        server = listen(host, int(port)) if rank == 0 else None
         if name := interface_of(interface):  # NCCL's choice among several may be one that the others do not reach
             os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
         try:
@@ -167,6 +162,32 @@ class Group:
         work = getattr(carrier, how)([data], *((_from(rank),) if how == "broadcast" else (rank, 0)))
         return lambda: self._wait([work])
 
+    def begin_gather(self, whole: torch.Tensor, part: torch.Tensor) -> Callable[[], None]:
+        """Begins to bring every rank's part to all, of parts that are as long: into `whole`, in the order of ranks.
+
+        Returns:
+            What waits until they are there, and may raise `PeerLost`.
+        """
+        carrier, device = self._carrier(whole)
+        there = whole if whole.device == device else torch.empty_like(whole, device=device)
+        mine = part.to(device)
+        self._count(part.nbytes * (self.world - 1))
+        works = [carrier._allgather_base(there, mine)] if carrier is self._nccl else self._broadcasts(there, mine)
+
+        def arrived() -> None:
+            self._wait(works)
+            if there is not whole:
+                whole.copy_(there)
+
+        return arrived
+
+    def _broadcasts(self, whole: torch.Tensor, part: torch.Tensor) -> list[Any]:
+        """gloo gathers by way of memory that its threads keep; these are received in their places."""
+        parts = torch.chunk(whole, self.world)
+        if part.data_ptr() != parts[self.rank].data_ptr():
+            parts[self.rank].copy_(part)
+        return [self._gloo.broadcast([_as_bytes(one)], _from(rank)) for rank, one in enumerate(parts)]
+
     def close(self) -> None:
         """Lets go of the connections, whatever is still under way. The others find out at their next exchange."""
         if self._nccl is not None and hasattr(self._nccl, "abort"):
@@ -200,20 +221,6 @@ def _from(rank: int) -> Any:
     options = dist.BroadcastOptions()
     options.rootRank, options.rootTensor = rank, 0
     return options
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
-
-
-def interface_of(address: str) -> str:
-    """What the system calls the interface with this address; "" if there is none."""
-    return next((name for name, found in psutil.net_if_addrs().items() if address in [one.address for one in found]), "")
-
-
-def _listen(host: str, port: int) -> int | None:
-    """A socket that listens on this address alone; torch's own store would listen on all. None leaves it to torch."""
-    return None if os.name == "nt" else socket.create_server((host, port), family=_family(host)).detach()
 
 
 def _options(host: str, patience: datetime.timedelta) -> Any:

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import comfy.model_base
@@ -149,12 +148,15 @@ class Model:
         """
         patcher = self._placed = self._patcher
         self._owned = owned
-        load = partial(comfy.model_management.load_models_gpu, [patcher], memory_required=needed)
+
+        def load(beside: int) -> None:
+            comfy.model_management.load_models_gpu([patcher], memory_required=needed + beside)
+
         try:
             for name in {name for patches in patcher.hook_patches.values() for name in patches} & set(self._homes):
                 self._homes[name].leave()
             if owned is None:
-                load()
+                load(0)
             else:
                 owned.place(patcher, load)
             patcher.pre_run()

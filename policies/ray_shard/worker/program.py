@@ -19,8 +19,9 @@ from ..memo import Received
 from ..parcels import Parcel, pack, unpack
 from ..rebuilding import Pieces
 from ..tiles import as_it_lay
-from .group import Group, PeerLost, open_port
+from .group import Group, PeerLost
 from .pace import Pace
+from .ports import open_port
 from .sharing import TOGETHER, sharing
 from .start import become, end_with
 from .tokens import Unsuited

@@ -12,7 +12,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from residency.policies.ray_shard.worker.group import Group, PeerLost, interface_of, open_port
+from residency.policies.ray_shard.worker.group import Group, PeerLost
+from residency.policies.ray_shard.worker.ports import interface_of, open_port
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.uint8, torch.bool]
 
@@ -55,6 +56,25 @@ def test_ranks_gather_along_any_dimension(dim: int) -> None:
 
     for result in everywhere(2, work):
         assert torch.equal(result, whole)
+
+
+@pytest.mark.parametrize("lies_there", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_parts_that_are_as_long_come_while_ranks_go_on(dtype: torch.dtype, lies_there: bool) -> None:
+    """Into memory that is there; a rank's own part may lie in it already."""
+    everything = torch.arange(12).to(dtype)
+
+    def work(group: Group) -> tuple[torch.Tensor, int, int]:
+        whole = torch.zeros(12, dtype=dtype)
+        part = torch.chunk(whole, 3)[group.rank] if lies_there else torch.zeros(4, dtype=dtype)
+        part.copy_(torch.chunk(everything, 3)[group.rank])
+        arrived = group.begin_gather(whole, part)
+        arrived()
+        return whole, group.collectives, group.sent
+
+    for whole, collectives, sent in everywhere(3, work):
+        assert torch.equal(whole.float(), everything.float())
+        assert (collectives, sent) == (1, 2 * 4 * dtype.itemsize)
 
 
 def test_ranks_exchange_parts() -> None:

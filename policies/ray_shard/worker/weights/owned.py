@@ -11,7 +11,6 @@ import torch
 from comfy.model_management import soft_empty_cache
 from comfy.patcher_extension import CallbacksMP
 
-from ....memory import trim
 from ..group import Group
 from ..tokens import Unsuited
 from .units import Unit, Weights, units_of, weight_of
@@ -27,7 +26,7 @@ class Owned(abc.ABC):
         shares: of the weights, one for each rank, in any unit.
 
     Attributes:
-        owners: the rank of each block.
+        owners: the rank of each block; -1 if no rank has all of it.
         last_answers: only the last rank has the prediction; else all have.
     """
 
@@ -43,11 +42,11 @@ class Owned(abc.ABC):
         self._away: dict[int, Weights] = {}  # by block: its tensors in the file's mapping, while it is not here
         self._news = b""  # for the other ranks
 
-    def place(self, patcher: Any, load: Callable[[], None]) -> None:
+    def place(self, patcher: Any, load: Callable[[int], None]) -> None:
         """Places this rank's blocks, and all that is in none.
 
         Args:
-            load: has ComfyUI place a model; it sees no other blocks.
+            load: has ComfyUI place a model, beside so many bytes; it sees no other blocks.
 
         Raises:
             Unsuited: this model, or what is patched, cannot be shared out so; all ranks find it alike.
@@ -58,7 +57,7 @@ class Owned(abc.ABC):
         self.owners = self._owners([unit.bytes for unit in self.units], self._shares)
         with self._absent(model):
             patcher.size = 0  # of what it sees now
-            load()
+            load(self._beside())
         self._model, self._loaded = patcher.model, patcher.loaded_size()
         patcher.partially_unload = _all_or_nothing  # a part of a block's bytes cannot go
         patcher.add_callback_with_key(CallbacksMP.ON_DETACH, _OURS, lambda *_: self._taken_off())
@@ -97,9 +96,8 @@ class Owned(abc.ABC):
         try:
             return self._run(predict, x, arguments, apart)
         finally:
-            if self.group.place(x.device) != x.device:  # what came through RAM is kept by allocators, there and on the device
+            if self.group.place(x.device) != x.device:  # what came through RAM is kept by its allocator
                 soft_empty_cache()
-                trim()
 
     def bytes_here(self) -> int:
         """Of the weights that lie with this rank."""
@@ -108,9 +106,13 @@ class Owned(abc.ABC):
     @abc.abstractmethod
     def _owners(self, sizes: Sequence[int], shares: Sequence[float]) -> list[int]: ...
 
+    def _beside(self) -> int:
+        """Bytes of weights that ComfyUI does not place itself."""
+        return 0
+
     @abc.abstractmethod
     def _placed(self) -> Any:
-        """After ComfyUI has placed what is this rank's; what the others are told of it."""
+        """After ComfyUI has placed what is this rank's; what the others are told of it: a string is why it cannot be."""
 
     @abc.abstractmethod
     def _taken_off(self) -> None:
