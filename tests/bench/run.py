@@ -254,6 +254,14 @@ def tokens() -> None:
     token_sharing.run(pair)
 
 
+def weights() -> None:
+    """Weights that workers have together, in each mode."""
+    import shared_weights
+
+    loading.load()
+    shared_weights.run()
+
+
 def ffn() -> None:
     """Feed-forwards in pieces of the tokens, in this process."""
     import feed_forwards
@@ -270,8 +278,8 @@ def hook() -> None:
 
 BENCHES: dict[str, Callable[[], None]] = {
     "hook": hook, "load": load, "overhead": overhead, "swap": swap, "partial": partial, "split": split, "fit": fit,
-    "switch": switch, "start": start, "shard": shard, "tiles": tiles, "tokens": tokens, "ffn": ffn, "gguf": gguf,
-    "gpu": gpu, "faults": faults}
+    "switch": switch, "start": start, "shard": shard, "tiles": tiles, "tokens": tokens, "weights": weights, "ffn": ffn,
+    "gguf": gguf, "gpu": gpu, "faults": faults}
 LEFT_OUT = {"faults"} if torch.cuda.is_available() else {"faults", "gpu"}  # an hour; a card
 
 if __name__ == "__main__":
