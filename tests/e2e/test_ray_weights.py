@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import COMFYUI
 from e2e.conftest import troubles, wait_for
-from e2e.test_ray import FLUX, LORA, TOLERANCE, WAN, Pair, pair, patched, sampled, settings
+from e2e.test_ray import FLUX, LORA, TOLERANCE, WAN, Pair, cancel_within, pair, patched, sampled, settings
 from support import workflows
 from support.server import MB, Server
 from support.workflows import Workflow
@@ -75,6 +75,17 @@ def test_lora_that_hooks_schedule_are_streamed_instead(shared: Pair) -> None:
     """The workers say why."""
     assert shared.error(workflows.hooked_lora("flux_a_fp32", "flux_one")) <= TOLERANCE
     assert any("hooks schedule" in event["reason"] for event in shared.plugin.events("shard.demoted"))
+
+
+@pytest.mark.parametrize("flow", [
+    pytest.param(patched(sampled(FLUX, steps=20, seed=77), "PauseInModel", 3.0), id="before the blocks"),
+    pytest.param(sampled(workflows.text_to_latent("flux_a_fp32", size=768), steps=200, seed=77), id="among the blocks"),
+])
+def test_cancel_ends_the_prompt_at_once(shared: Pair, flow: Workflow) -> None:
+    """And nobody is replaced for it: the next prompt has the same workers."""
+    cancel_within(shared.plugin, shared.plugin.queue(flow))
+    assert shared.error(sampled(FLUX, seed=78)) <= TOLERANCE
+    assert modes(shared) == {shared.mode}  # type: ignore[attr-defined]
 
 
 def held(server: Server, flow: Workflow) -> tuple[list[int], list[int]]:
