@@ -1,13 +1,14 @@
 """A rank of a group, in a process of its own, whose arguments are its rank and a port for each case, in their order.
 
 Predicts alone and with the weights shared out among the ranks, and prints JSON: by case, the largest error relative to the
-largest number of the model alone, the bytes of its weights that are here, and what was sent.
+largest number of the model alone, the bytes of its weights that are here, what was sent, and attentions that were shared.
 """
 from __future__ import annotations
 
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,8 @@ from residency.hooks.remote import RemoteModel
 from residency.policies.ray_shard.parcels import pack
 from residency.policies.ray_shard.worker import attention, models
 from residency.policies.ray_shard.worker.group import Group
-from residency.policies.ray_shard.worker.heads import HeadParallel
+from residency.policies.ray_shard.worker.pace import Pace
+from residency.policies.ray_shard.worker.sharing import sharing
 from residency.policies.ray_shard.worker.tokens import Unsuited
 from residency.policies.ray_shard.worker.weights import MODES
 from residency.policies.ray_shard.worker.weights.units import weight_of
@@ -32,9 +34,9 @@ class Case:
     world: int
     shares: tuple[float, ...] = ()
     rows: int = 1
-    heads: bool = False
+    way: str = ""  # in which attention is shared
     tolerance: float = 0.0
-    silent: bool = False  # the last rank sends nothing but zeros: the control
+    silent: tuple[str, ...] = ()  # what a rank sends as nothing but zeros: the control
 
 
 def cases(mode: str, *formats: str) -> dict[str, Case]:
@@ -50,52 +52,66 @@ CASES = {
     "pipeline, two rows of video": Case("pipeline", "wan", 3, rows=2, tolerance=2e-6),
     "pipeline, three rows": Case("pipeline", "flux", 2, rows=3, tolerance=2e-6),
     "pipeline, a model whose blocks take more than the last one makes": Case("pipeline", "unet", 2),
-    "pipeline, a rank that sends nothing": Case("pipeline", "wan", 2, silent=True),
-    "fsdp2, heads shared": Case("fsdp2", "wan", 2, heads=True),
-    "fsdp2, a rank that sends nothing": Case("fsdp2", "flux", 2, silent=True),
-    "blocks, heads shared": Case("blocks", "wan", 2, heads=True),
-    "blocks, a rank that sends nothing": Case("blocks", "flux", 2, silent=True),
+    "pipeline, a rank that sends nothing": Case("pipeline", "wan", 2, silent=("send",)),
+    "fsdp2, heads shared": Case("fsdp2", "wan", 2, way="heads"),
+    "fsdp2, tokens of a text and an image shared": Case("fsdp2", "flux", 2, (0.7, 0.3), way="tokens", tolerance=2e-6),
+    "fsdp2, a rank that sends nothing": Case("fsdp2", "flux", 2, silent=("gather",)),
+    "blocks, heads shared": Case("blocks", "wan", 2, way="heads"),
+    "blocks, tokens shared, 2 ranks": Case("blocks", "wan", 2, (0.7, 0.3), way="tokens", tolerance=2e-6),
+    "blocks, tokens shared, 3 ranks": Case("blocks", "wan", 3, (0.5, 0.2, 0.3), way="tokens", tolerance=2e-6),
+    "blocks, tokens of a text and an image shared": Case("blocks", "flux", 2, (0.7, 0.3), way="tokens", tolerance=2e-6),
+    "blocks, a rank that sends nothing": Case("blocks", "flux", 2, silent=("broadcast",)),
+    "blocks, tokens shared, a rank that sends no blocks": Case("blocks", "wan", 2, way="tokens", silent=("broadcast",)),
+    "blocks, tokens shared, a rank that sends no tokens": Case("blocks", "wan", 2, way="tokens", silent=("all_to_all",)),
 }
 
 
 class Silent(Group):
-    """The blocks that it sends are lost, and what goes from block to block."""
+    """What it sends so is lost: the blocks of rank 1, what goes from block to block, the tokens that attention exchanges."""
+
+    silent: tuple[str, ...] = ()
 
     def begin(self, how: str, data: torch.Tensor, rank: int) -> Any:
-        lost = how == "send" or (how == "broadcast" and rank == self.rank == 1 and len(data) > 4096)
+        lost = how in self.silent and (how == "send" or (how == "broadcast" and rank == self.rank == 1 and len(data) > 4096))
         return super().begin(how, torch.zeros_like(data) if lost else data, rank)
 
     def begin_gather(self, whole: torch.Tensor, part: torch.Tensor) -> Any:
-        return super().begin_gather(whole, torch.zeros_like(part) if self.rank == 1 else part)
+        return super().begin_gather(whole, torch.zeros_like(part) if "gather" in self.silent and self.rank == 1 else part)
+
+    def all_to_all(self, parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]) -> Any:
+        lost = "all_to_all" in self.silent and self.rank == 1
+        return super().all_to_all([torch.zeros_like(part) for part in parts] if lost else parts, shapes)
 
 
 def error(made: torch.Tensor, alone: torch.Tensor) -> float:
     return float((made - alone).abs().max() / alone.abs().max())
 
 
-def predict(model: models.Model, case: Case, group: Group, owned: Any) -> torch.Tensor:
+def predict(model: models.Model, case: Case, group: Group, owned: Any, shares: Sequence[float]) -> tuple[torch.Tensor, int]:
+    """(the prediction, attentions that were shared)."""
     arguments = deep.arguments(case.model, case.rows)
-    if not case.heads:
-        return model.predict(arguments, owned)
-    parallel = HeadParallel(group, None)
-    arguments["transformer_options"]["optimized_attention_override"] = parallel.attention
-    with attention.sharing(parallel):
-        return model.predict(arguments, owned)
+    if not case.way:
+        return model.predict(arguments, owned), 0
+    with sharing(case.way, model.diffusion_model, arguments, group, shares, Pace(group, 1)) as parallel, \
+            attention.sharing(parallel):
+        return model.predict(arguments, owned), parallel.shared
 
 
 def compare(case: Case, rank: int, port: int, built: Any, parcels: dict[str, Any], alone: dict[str, torch.Tensor]) -> Any:
     model = models.Model(built, deep.CPU, deep.CPU)
     whole, lying = weight_of(built), {name: value.data_ptr() for name, value in built.named_parameters()}
     shares = case.shares or (1.0,) * case.world
-    group = (Silent if case.silent else Group)(rank, case.world, f"127.0.0.1:{port}")
+    group = Silent(rank, case.world, f"127.0.0.1:{port}")
+    group.silent = case.silent
     owned = MODES[case.mode](group, shares)
     found = {}
     try:
         for turn in ("plain", "plain", "lora", "plain"):
             model.patch(turn, parcels[turn])
             sent = group.sent
-            made = predict(model, case, group, owned)
-            found[turn] = {"error": error(made, alone[turn]), "here": owned.bytes_here() / whole, "sent": group.sent - sent}
+            made, shared = predict(model, case, group, owned, shares)
+            found[turn] = {"error": error(made, alone[turn]), "here": owned.bytes_here() / whole, "sent": group.sent - sent,
+                           "shared": shared}
     finally:
         model.release()
     assert comfy.model_management.current_loaded_models == []

@@ -30,13 +30,14 @@ def found(ranks: list[dict[str, dict[str, Any]]], name: str) -> list[dict[str, A
 
 @pytest.mark.parametrize("name", sorted(set(CASES) - SILENT - UNSUITED))
 def test_ranks_compute_what_one_alone_does(ranks: list[dict[str, dict[str, Any]]], name: str) -> None:
-    """To the last bit; with a LoRA, and without it again."""
+    """To the last bit, but for the sums of rows and tokens that are computed apart; with a LoRA, and without it again."""
     case = CASES[name]
     of_ranks = found(ranks, name)
     assert len(of_ranks) == case.world
     for turn in ("plain", "lora"):
         errors = [of_rank[turn]["error"] for of_rank in of_ranks]
         assert max(errors[-1:] if case.mode == "pipeline" else errors) <= case.tolerance
+        assert all((of_rank[turn]["shared"] > 0) == bool(case.way) for of_rank in of_ranks)
     assert of_ranks[0]["differs"] > 1e-3
 
 
