@@ -40,7 +40,7 @@ def _step(call: HostCall) -> SampleStep | None:
     alone = not any(guests)
     apart = alone and not _callables({name: value for name, value in inner.items() if name not in _OUTER})
     return SampleStep("a sampling step", PatcherWeights(patcher), device, rewinder(device), alone, remote_of(patcher),
-                      lambda: _branches(call) if apart else {})
+                      call["x_in"], lambda: _branches(call) if apart else {})
 
 
 def _branches(call: HostCall) -> Mapping[int, Callable[[], list[torch.Tensor]]]:
@@ -89,7 +89,7 @@ def _room(call: HostCall) -> BatchRoom | None:
 
 
 HOOKS = (
-    Hook(Seam("comfy.samplers", "_calc_cond_batch", ("model", "conds", "model_options")), SampleStep, _step,
+    Hook(Seam("comfy.samplers", "_calc_cond_batch", ("model", "conds", "x_in", "model_options")), SampleStep, _step,
          instead=lambda request: request.run()),
     Hook(Seam("comfy.model_base", "BaseModel._apply_model", ("x", "t", "transformer_options")), Predict, _predict),
     Hook(Seam("comfy.model_patcher", "ModelPatcher.get_free_memory", ("device",)), BatchRoom, _room),

@@ -20,6 +20,7 @@ class SampleStep(Compute):
     Attributes:
         alone: no pack takes part in it, so that it may be repeated.
         remote: the model; None where it cannot be computed elsewhere.
+        x: the latents, (batch, channels, ...), for which each conditioning is predicted.
         branches: the host's answer for one conditioning each, by its place in the answer, where these can be computed side by
             side; the others in such an answer are zero. Each may be called once, in any thread.
         run: what answers instead of the host's own function; it calls the branches.
@@ -28,6 +29,7 @@ class SampleStep(Compute):
     repeats = 2
     alone: bool
     remote: Remote | None
+    x: torch.Tensor
     branches: Callable[[], Mapping[int, Callable[[], list[torch.Tensor]]]]
     run: Callable[[], list[torch.Tensor]] | None = None
 

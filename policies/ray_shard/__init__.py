@@ -146,7 +146,8 @@ class RayShard(Policy):
         from .branches import side_by_side
 
         assert request.remote is not None
-        if self.settings.weights not in WHOLE and self._dispatcher.shares_weights(request.remote):
+        together = (len(request.branches()) * request.x.shape[0], *request.x.shape[1:])
+        if self.settings.weights not in WHOLE and self._dispatcher.shares_weights(request.remote, together):
             return proceed(request)
         return proceed(replace(request, run=lambda: side_by_side(request.branches())))  # anew where the step is repeated
 

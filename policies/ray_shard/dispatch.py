@@ -71,15 +71,16 @@ class Dispatcher:
             self._tell(request, LOCAL, reason)
         return self._predict_here(request, proceed)
 
-    def shares_weights(self, remote: Remote) -> bool:
-        """Whether all workers are needed for each prediction of this model, so that conditionings come one after the other."""
+    def shares_weights(self, remote: Remote, shape: Sequence[int]) -> bool:
+        """Whether all workers are needed for each prediction of this model, so that they compute all conditionings of a step
+        together; `shape` is of the latents then."""
         try:
             workers = self._crew.ready()
             if not workers or not self._crew.grouped:
                 return False
             with self._sending:
                 freight = self._freighter.deliver(remote, workers)
-            return bool(self._weights.of(freight, (1,), workers))
+            return bool(self._weights.of(freight, shape, workers))
         except (Lost, Failed, *UNSENDABLE):
             return False  # the prediction finds the same, and says so
 

@@ -380,5 +380,5 @@ def test_without_the_setting_nothing_is_hooked_for_it(tools: Tools) -> None:
 def test_only_a_step_on_a_device_that_no_pack_takes_part_in_is_repeated(tools: Tools, device: torch.device, alone: bool,
                                                                         rescued: bool) -> None:
     """Packs may count steps."""
-    request = SampleStep("a sampling step", Model(None), device, lambda: None, alone, None, dict)
+    request = SampleStep("a sampling step", Model(None), device, lambda: None, alone, None, torch.zeros(1, 4, 8, 8), dict)
     assert (HybridSplit(Settings(), tools).decide(request) is not None) is rescued

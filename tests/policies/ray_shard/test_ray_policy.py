@@ -321,7 +321,8 @@ class TestSteps:
         branches: Mapping[int, Callable[[], list[torch.Tensor]]] = {
             place: lambda place=place: [torch.full((1,), float(place == one)) for one in range(count)]  # type: ignore[misc]
             for place in range(count)}
-        return SampleStep("a step", cast(Any, None), CARD, lambda: None, True, cast(Any, remote), lambda: branches)
+        return SampleStep("a step", cast(Any, None), CARD, lambda: None, True, cast(Any, remote), torch.zeros(1, 4, 8, 8),
+                          lambda: branches)
 
     def test_conditionings_run_side_by_side(self, scene: Scene) -> None:
         """The host is asked for the branches instead of the whole."""
@@ -337,6 +338,20 @@ class TestSteps:
         answer = scene.chain.answer(self.step(remote, 2), host)
         assert [one.item() for one in answer] == [1.0, 1.0]
         assert len(asked) == 1
+
+    def test_where_the_weights_lie_is_asked_for_all_of_them_together(self, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Who chooses a mode by rows would find one row, and a pipeline wants more. Then the host puts them into a batch."""
+        remote, shapes = Remote(), []
+        scene.place(remote)
+
+        def shares(remote: Any, shape: tuple[int, ...]) -> bool:
+            shapes.append(shape)
+            return True
+
+        monkeypatch.setattr(cast(Any, scene.policy)._dispatcher, "shares_weights", shares)
+        step = self.step(remote, 2)
+        assert scene.chain.answer(step, lambda asked: asked is step) is True
+        assert shapes == [(2, 4, 8, 8)]
 
     @pytest.mark.parametrize("count", [0, 1])
     def test_a_single_one_is_the_hosts(self, scene: Scene, count: int) -> None:
