@@ -3,8 +3,10 @@ that the whole model does not fit.
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import COMFYUI
@@ -13,6 +15,10 @@ from e2e.test_ray import FLUX, LORA, TOLERANCE, WAN, Pair, cancel_within, pair, 
 from support import workflows
 from support.server import MB, Server
 from support.workflows import Workflow
+
+pytest.importorskip("ray")
+
+from residency.policies.ray_shard.weights import choose
 
 pytestmark = pytest.mark.ray
 
@@ -116,3 +122,37 @@ def test_a_model_that_fits_no_device(models: Path, simulated_npu: None, tmp_path
         assert max(1600 * MB - each for each in left) <= (1 / world + 0.1) * size
         assert max(now - then for now, then in zip(after, before, strict=True)) <= (1 / world + 0.1) * size
         assert troubles(server) == []
+
+
+def test_auto_chooses_by_what_it_measures(models: Path, simulated_npu: None, tmp_path_factory: pytest.TempPathFactory,
+                                          own_model: Callable[[str, str], Path]) -> None:
+    """On two simulated devices: a model that fits them, and two that do not, one with two rows at a time and one with one."""
+    size = (models / "diffusion_models" / "deep.safetensors").stat().st_size
+    one_row = sampled(workflows.text_to_latent(own_model("auto", "deep").stem), cfg=1.0)
+    text = settings('"auto"', verify="off", weights="auto").replace("'", "")
+    with pair(models, tmp_path_factory, text, device_mb=1600, env={"SIMNPU_DEVICES": "2", "SIMNPU_EMPTIES": "1"}) as servers:
+        found = Pair(*servers)
+        ways = []
+        for flow in (FLUX, workflows.text_to_latent("deep"), one_row):
+            assert found.error(flow) <= TOLERANCE
+            ways.append(set(found.calls()))
+        fits, two, one = found.plugin.events("shard.weights")
+        assert (fits["mode"], two["mode"], ways[:2]) == ("replicate", "pipeline", [{"rows"}, {"pipeline"}])
+        assert (ways[2] <= {"rows", "tokens"}) == (one["mode"] == "stream")
+        for event, rows in ((two, 2), (one, 1)):
+            assert 0 < event["room_bytes"] < event["weights_bytes"] <= size
+            mode, why = choose([figures(event)] * 2, (rows, 16, 8, 8))
+            assert mode == event["mode"]
+            assert seconds(why) == pytest.approx(seconds(event["reason"]), rel=0.05, abs=0.001)
+        assert troubles(found.plugin) == []
+
+
+def figures(event: dict[str, Any]) -> dict[str, Any]:
+    """What each worker measured, by what telemetry has of it."""
+    assert min(event["link_mb_per_second"], event["file_mb_per_second"]) > 0
+    return {"bytes": event["weights_bytes"], "room": event["room_bytes"], "link": event["link_mb_per_second"] * 1e6,
+            "file": event["file_mb_per_second"] * 1e6, "blocks": True, "width": 512}
+
+
+def seconds(reason: str) -> list[float]:
+    return list(map(float, re.findall(r"[0-9.]+(?= s)", reason)))

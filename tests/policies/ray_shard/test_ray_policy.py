@@ -339,7 +339,7 @@ class TestSteps:
         assert [one.item() for one in answer] == [1.0, 1.0]
         assert len(asked) == 1
 
-    def test_where_the_weights_lie_is_asked_for_all_of_them_together(self, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_where_weights_lie_is_asked_for_all_of_them_together(self, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
         """Who chooses a mode by rows would find one row, and a pipeline wants more. Then the host puts them into a batch."""
         remote, shapes = Remote(), []
         scene.place(remote)
