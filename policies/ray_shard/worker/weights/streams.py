@@ -1,7 +1,8 @@
 """What goes from block to block of a model: found by looking at what blocks are given, and what they make."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,8 +89,9 @@ class Stage:
         self.learns = recipes is None
         self.recipes: list[Recipe] = [] if recipes is None else recipes
         self.at = 0
-        self._seen: dict[int, torch.Tensor] = {}  # what blocks were given; kept, so that their ids are theirs
-        self._made: dict[int, tuple[torch.Tensor, int]] = {}  # what blocks made, and who has it
+        # What blocks were given or made, by id, and who made it. None is kept: all blocks' hidden states are more than a share
+        # of the weights. An id may be another's afterwards, which `_met_before` finds out.
+        self._met: dict[int, tuple[Callable[[], torch.Tensor | None], int | None]] = {}
 
     def enter(self, index: int, arguments: Arguments) -> list[Place]:
         """Begins a block. What is to be handed over before, if it is the first of another rank.
@@ -101,21 +103,25 @@ class Stage:
             raise Unsuited(f"block {index} is computed as number {self.at}")
         here = tensors_of(arguments)
         before = self._owners[index - 1] if index else self._owners[index]
-        for tensor in here.values():
-            _, owner = self._made.get(id(tensor), (None, before))
-            if owner != before:
+        met = {place: self._met_before(tensor) for place, tensor in here.items()}
+        for one in met.values():
+            if one is not None and one[1] not in (None, before):
                 raise Unsuited(f"block {index} takes what another than the one before it made")
         handed = []
         if before != self._owners[index]:
-            handed = [place for place, tensor in here.items() if id(tensor) in self._made or id(tensor) not in self._seen]
+            handed = [place for place, one in met.items() if one is None or one[1] is not None]
             if not handed:
                 raise Unsuited(f"block {index} takes nothing from those before it")
-        self._seen |= {id(tensor): tensor for tensor in here.values()}
+        self._met |= {id(here[place]): (weakref.ref(here[place]), None) for place, one in met.items() if one is None}
         return handed
 
     def leave(self, made: Any) -> None:
         """Ends a block, which made this."""
         for part in made if type(made) in (tuple, list) else (made,):
             if part is not None:
-                self._made[id(part)] = part, self._owners[self.at]
+                self._met[id(part)] = weakref.ref(part), self._owners[self.at]
         self.at += 1
+
+    def _met_before(self, tensor: torch.Tensor) -> tuple[Callable[[], torch.Tensor | None], int | None] | None:
+        found = self._met.get(id(tensor))
+        return found if found is not None and found[0]() is tensor else None
