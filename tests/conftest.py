@@ -16,6 +16,7 @@ except FileNotFoundError as error:
 
 from residency import telemetry
 from residency.telemetry.sinks import Ring
+from support.fixtures import build_simulated_npu, no_simulated_npu
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -28,6 +29,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from support.processes import ByServers
 
     return ByServers(config, log)
+
+
+@pytest.fixture(scope="session")
+def simulated_npu() -> None:
+    reason = no_simulated_npu()
+    if reason:
+        pytest.skip(reason)
+    build_simulated_npu()
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import COMFYUI, TREES
-from support.fixtures import build_simulated_npu, make_models, no_simulated_npu
+from support.fixtures import make_models
 from support.server import GGUF_NODES, MB, NODE_CLOCK, TESTING_NODES, Server, both
 from support.workflows import Workflow
 
@@ -45,14 +45,6 @@ SMALL_DEVICE_MB = 1320
 @pytest.fixture(scope="session")
 def models() -> Path:
     return make_models(COMFYUI, TREES.parent / "residency-models", MODELS)
-
-
-@pytest.fixture(scope="session")
-def simulated_npu() -> None:
-    reason = no_simulated_npu()
-    if reason:
-        pytest.skip(reason)
-    build_simulated_npu()
 
 
 @dataclass

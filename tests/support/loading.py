@@ -1,4 +1,4 @@
-"""Loads the plugin as ComfyUI does, by its path, under the name `residency`; and ComfyUI's own modules for the CPU."""
+"""Loads the plugin as ComfyUI does, by its path, under the name `residency`; and ComfyUI's own modules."""
 from __future__ import annotations
 
 import importlib.util
@@ -12,8 +12,11 @@ TREES = Path(os.environ.get("COMFYUI_TREES", ROOT / ".venv" / "comfyui"))
 COMFYUI = Path(os.environ.get("COMFYUI_PATH") or TREES / VERSIONS[-1])
 
 
-def load() -> None:
+def load(cpu: bool = True) -> None:
     """Puts ComfyUI at the head of `sys.path` and imports the plugin, not running: callers want its parts.
+
+    Args:
+        cpu: ComfyUI computes on the CPU; else on the accelerator that it finds.
 
     Raises:
         FileNotFoundError: there is no ComfyUI.
@@ -25,7 +28,7 @@ def load() -> None:
     sys.path.insert(0, str(COMFYUI))
     import comfy.cli_args
 
-    comfy.cli_args.args.cpu = True
+    comfy.cli_args.args.cpu = cpu
     spec = importlib.util.spec_from_file_location("residency", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -1,8 +1,7 @@
 """Models in a worker: ComfyUI's own patcher applies what is patched, and places the weights."""
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import comfy.model_base
@@ -10,45 +9,17 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 import torch
+from comfy.patcher_extension import CallbacksMP
 
 from ...chunking import Chunking
 from ...models import ITSELF
 from ..parcels import Parcel, unpack
 from ..rebuilding import Pieces
+from .homes import Home
 from .weights.owned import Owned
 
 UNCUT = Chunking(1)
-
-
-class Home:
-    """Where a layer's weight lies when nothing is computed: in a file's mapping, or in what the host sent.
-
-    ComfyUI moves a weight by giving its parameter other memory. What is kept here is another parameter over the first.
-    """
-
-    def __init__(self, layer: torch.nn.Module, leaf: str) -> None:
-        self._layer, self._leaf = layer, leaf
-        lent: Any = layer._parameters[leaf]
-        self._kept = _over(lent)
-        self._lent: Callable[[], Any] = weakref.ref(lent)  # it may be given memory on a device, which ends with its use
-
-    def leave(self) -> None:
-        """Gives the weight memory of its own: hooks write to it in place, and others see what is here."""
-        here: Any = self._layer._parameters[self._leaf]
-        if here is self._lent() and here.device == self._kept.device:
-            self._layer._parameters[self._leaf] = torch.nn.Parameter(self._kept.clone(), requires_grad=False)
-
-    def come_back(self) -> None:
-        """The weight lies here again; nothing is copied."""
-        here = self._layer._parameters[self._leaf] = _over(self._kept)
-        self._lent = weakref.ref(here)
-
-
-def _over(weight: Any) -> torch.nn.Parameter:
-    """Another parameter over the same memory."""
-    made = torch.nn.Parameter(weight.detach(), requires_grad=False)
-    vars(made).update({name: value for name, value in vars(weight).items() if name not in vars(made)})
-    return made
+_HOMES = "residency.homes"  # names the callback
 
 
 def cast_at_use(model: torch.nn.Module) -> None:
@@ -86,11 +57,13 @@ class Model:
         cast_at_use(model)
         self._model = model
         self._base = comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload_device)
+        self._base.add_callback_with_key(CallbacksMP.ON_DETACH, _HOMES, self._taken_off)  # its clones have it too
         self._patcher = self._base
         self._chunking, self.whole = chunking, ""
         self._digest = ""
         self._hooks: Any = None
         self._placed: Any = None  # the patcher whose patches are in the weights now
+        self._loaded = 0  # bytes on the device, when it was placed
         self._owned: Owned | None = None  # what the weights are shared out by
         self._homes = {name: Home(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
                        for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -128,9 +101,9 @@ class Model:
             apart: rows may be predicted one after the other.
         """
         x = arguments.pop("x")
-        if self._owned is not owned or (owned is not None and not (self._placed is self._patcher and owned.is_whole())):
+        if self._owned is not owned or (owned is not None and not self._is_whole()):
             self.release()
-        if self._placed is not self._patcher:
+        if not self._is_whole():
             self._place(self._model.memory_required([x.shape[0], *x.shape[1:]]), owned)
         return self._apply(x, arguments) if owned is None else owned.run(self._apply, x, arguments, apart)
 
@@ -141,8 +114,15 @@ class Model:
         self.whole = tally.ineffective()
         return answer
 
+    def _is_whole(self) -> bool:
+        """Whether what is patched now was placed, and is all there: ComfyUI takes it off the device for another, or a part."""
+        patcher = self._patcher
+        here = any(one.model is patcher for one in comfy.model_management.current_loaded_models)
+        return self._placed is patcher and here and patcher.loaded_size() >= self._loaded
+
     def _place(self, needed: float, owned: Owned | None = None) -> None:
-        """
+        """Also what ComfyUI has taken off: as much as there is room for now.
+
         Args:
             needed: bytes that are left free beside the weights.
         """
@@ -159,6 +139,7 @@ class Model:
                 load(0)
             else:
                 owned.place(patcher, load)
+            self._loaded = patcher.loaded_size()
             patcher.pre_run()
             patcher.patch_hooks(self._hooks)
         except BaseException:
@@ -177,11 +158,15 @@ class Model:
         for name, home in self._homes.items():
             if name not in patcher.backup:
                 home.come_back()  # before the host moves it
-        patcher.detach()
-        for home in self._homes.values():
-            home.come_back()
+        patcher.detach()  # and the rest
         loaded = comfy.model_management.current_loaded_models
         loaded[:] = [one for one in loaded if one.model is not patcher]
+
+    def _taken_off(self, patcher: Any, unpatched: bool) -> None:
+        """Drops what ComfyUI copied off the device, unless it only made way for another patcher of this model."""
+        if unpatched:
+            for home in self._homes.values():
+                home.come_back()
 
     def _named(self) -> Mapping[str, Any]:
         return {"": self._model, **dict(self._model.named_modules())}
@@ -204,7 +189,7 @@ class Vae(Model):
 
     def tile(self, function: Parcel, tile: torch.Tensor, room: float) -> torch.Tensor:
         """What the host's function gives for a tile. `room` is the host's estimate of what the largest one takes, in bytes."""
-        if self._placed is not self._patcher or room > self._room:
+        if not self._is_whole() or room > self._room:
             self._place(room)
             self._room = room
         answer: torch.Tensor = unpack(function, known=self._named())(tile)

@@ -4,6 +4,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import comfy.model_management
 import comfy.utils
 import pytest
 import torch
@@ -129,11 +130,13 @@ def test_what_is_patched_is_patched_there(vae: Any, monkeypatch: pytest.MonkeyPa
 def test_it_is_placed_anew_for_larger_tiles_only(vae: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that there is room for them on the device, as the host would make it."""
     worker, function = delivered(vae), pack(1)
-    placed = []
+    placed: list[float] = []
+    load = comfy.model_management.load_models_gpu
     monkeypatch.setattr("comfy.model_management.load_models_gpu",
-                        lambda models, memory_required: placed.append(memory_required))
+                        lambda models, memory_required: placed.append(memory_required) or load(models, memory_required))
     monkeypatch.setattr("residency.policies.ray_shard.worker.models.unpack", lambda parcel, known: lambda samples: samples)
     for room in (10.0, 5.0, 10.0, 20.0):
         worker.tile(function, LATENTS, room)
+    worker.release()
 
     assert placed == [10.0, 20.0]

@@ -38,7 +38,6 @@ class Owned(abc.ABC):
         self.owners: list[int] = []
         self._model: Any = None
         self._patcher: Any = None
-        self._loaded = 0
         self._away: dict[int, Weights] = {}  # by block: its tensors in the file's mapping, while it is not here
         self._news = b""  # for the other ranks
 
@@ -58,16 +57,12 @@ class Owned(abc.ABC):
         with self._absent(model):
             patcher.size = 0  # of what it sees now
             load(self._beside())
-        self._model, self._loaded = patcher.model, patcher.loaded_size()
+        self._model = patcher.model
         patcher.partially_unload = _all_or_nothing  # a part of a block's bytes cannot go
         patcher.add_callback_with_key(CallbacksMP.ON_DETACH, _OURS, lambda *_: self._taken_off())
         crowded = f"worker {self.group.rank} has no room for its part of the weights"
         self._news = pickle.dumps(crowded if getattr(patcher.model, "model_lowvram", False) else self._placed())
         soft_empty_cache()  # what weights lay in before is as large as what they lie in now
-
-    def is_whole(self) -> bool:
-        """Whether all that was placed is still there: ComfyUI takes models off a device that it needs."""
-        return self._patcher is not None and self._patcher.loaded_size() >= self._loaded
 
     def drop(self) -> None:
         """Everything is the file's mapping again, but for what ComfyUI has placed, which it takes back itself."""
@@ -80,7 +75,6 @@ class Owned(abc.ABC):
             self._patcher.remove_callbacks_with_key(CallbacksMP.ON_DETACH, _OURS)
         self._taken_off()
         self._patcher = self._model = None
-        self._loaded = 0
 
     def run(self, predict: Predict, x: torch.Tensor, arguments: dict[str, Any], apart: bool) -> torch.Tensor:
         """A prediction, by all ranks together.
