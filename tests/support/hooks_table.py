@@ -12,6 +12,10 @@ from support.loading import ROOT, load
 
 README = ROOT / "README.md"
 START, END = "<!-- hooks -->\n", "<!-- /hooks -->"
+NOBODY = "no policy yet"
+# By policy: settings by which it answers more than by default, and a value that does it.
+MORE: dict[str, dict[str, Any]] = {"hybrid_split": {"devices": "cpu,*", "rules": [{}], "ffn_chunks": 2},
+                                   "preload_cache": {"snapshot": True}}
 
 
 class _Listener:
@@ -23,22 +27,34 @@ class _Listener:
 
 
 def render() -> str:
-    """The table, from the hooks and from what each policy answers."""
+    """The table, from the hooks and from what each policy answers, by default or where a setting says so."""
     load()
-    import importlib
-
     from residency import hooks, policies
     from residency.policies.files.bank import Bank
 
     tools = policies.Tools.make(hooks.host.connect())
-    made = {name: importlib.import_module(f"residency.policies.{name}").create(settings(), tools)
-            for name, settings in policies.tables().items()}
+    answers = [_answers(name, tools) for name in policies.tables()]
     rows = ["| what happens | host function | needed by |", "|---|---|---|"]
     for hook in hooks.all_hooks(Bank(), _Listener()):
         needed = ["telemetry, always"] if hook.report is not None else []
-        needed += [f"`{name}`" for name, policy in made.items() if hook.asks in policy.answers]
-        rows.append(f"| {_sentence(hook.asks)} | `{hook.name}` | {'; '.join(needed) or 'no policy yet'} |")
+        needed += [found[hook.asks] for found in answers if hook.asks in found]
+        rows.append(f"| {_sentence(hook.asks)} | `{hook.name}` | {'; '.join(needed) or NOBODY} |")
     return "\n".join(rows) + "\n"
+
+
+def _answers(name: str, tools: Any) -> dict[type[Any], str]:
+    """By request that a policy answers: its name, and which settings it takes."""
+    import importlib
+
+    from residency.settings import fill
+
+    policy = importlib.import_module(f"residency.policies.{name}")
+    default = policy.create(policy.Settings(), tools).answers
+    keys: dict[type[Any], list[str]] = {}
+    for key, value in MORE.get(name, {}).items():
+        for kind in policy.create(fill(policy.Settings, {key: value}, key), tools).answers - default:
+            keys.setdefault(kind, []).append(f"`{key}`")
+    return {**dict.fromkeys(default, f"`{name}`"), **{kind: f"`{name}` with {' or '.join(by)}" for kind, by in keys.items()}}
 
 
 def _sentence(kind: type[Any]) -> str:
