@@ -35,6 +35,10 @@ Z_IMAGE = {**LUMINA, "dim": 288, "n_heads": 9, "axes_dims": [8, 12, 12], "z_imag
            "siglip_feat_dim": 24}
 WAN: dict[str, Any] = {"image_model": "wan2.1", "in_dim": 16, "out_dim": 16, "dim": 144, "ffn_dim": 200, "freq_dim": 64,
                        "text_dim": 40, "num_heads": 3, "num_layers": 4}
+CHROMA: dict[str, Any] = {
+    "image_model": "chroma", "in_channels": 64, "out_channels": 64, "context_in_dim": 48, "hidden_size": 128, "mlp_ratio": 2.0,
+    "num_heads": 4, "depth": 1, "depth_single_blocks": 2, "axes_dim": [8, 12, 12], "theta": 10000, "patch_size": 2,
+    "qkv_bias": True, "in_dim": 64, "out_dim": 128, "hidden_dim": 64, "n_layers": 2, "txt_ids_dims": [], "vec_in_dim": 32}
 IMAGE = {"x": random(1, 16, 14, 18), "c_crossattn": random(1, 13, 48, seed=2), "num_tokens": 13}
 VIDEO = {"x": random(1, 16, 3, 10, 14), "c_crossattn": random(1, 16, 40, seed=2)}
 
@@ -54,6 +58,8 @@ CASES = {
     "z-image with references": Case("Lumina2", Z_IMAGE, {**IMAGE, "ref_latents": [random(1, 16, 10, 6, seed=5)],
                                                          "ref_contexts": [random(1, 5, 48, seed=7), random(1, 7, 48, seed=8)],
                                                          "siglip_feats": [random(1, 3, 5, 24, seed=10)]}),
+    "chroma": Case("Chroma", CHROMA, {"x": random(1, 16, 14, 18), "c_crossattn": random(1, 13, 48, seed=2),
+                                      "guidance": torch.tensor([0.0])}),
     "vace": Case("WAN21_Vace", {**WAN, "model_type": "vace", "vace_layers": 2, "vace_in_dim": 6},
                  {**VIDEO, "vace_context": random(1, 1, 6, 3, 10, 14, seed=5), "vace_strength": [0.8]}),
     "wan": Case("WAN21_T2V", {**WAN, "model_type": "t2v"}, VIDEO),

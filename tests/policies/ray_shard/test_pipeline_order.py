@@ -32,6 +32,7 @@ def test_blocks_in_their_order_are_a_pipeline(ranks: list[dict[str, dict[str, An
     pytest.param("lumina 2", "block 2 is computed as number 0", id="the text's refiner goes first, and is defined second"),
     pytest.param("z-image", "block 2 is computed as number 0", id="z-image does the same"),
     pytest.param("z-image with references", "block 2 is computed as number 0", id="with references too"),
+    pytest.param("chroma", "block 2 is computed as number 0", id="layers and norms of a small network take turns"),
     pytest.param("vace", "block 4 is computed as number 1", id="blocks of hints take turns with others"),
 ])
 def test_another_order_is_said_alike_by_all(ranks: list[dict[str, dict[str, Any]]], name: str, reason: str) -> None:
