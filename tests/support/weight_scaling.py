@@ -34,8 +34,8 @@ def _seconds(model: Model, group: Group | None, mode: str, alone: torch.Tensor |
         started = time.perf_counter()
         made = model.predict(deep.arguments("flux", 2), owned)
         seconds.append(time.perf_counter() - started)
-    found = {"seconds": statistics.median(seconds[1:]), "here": owned.bytes_here() if owned else weight_of(model.diffusion_model),
-             "sent": group.sent - sent if group else 0}
+    here = owned.bytes_here() if owned else weight_of(model.diffusion_model)
+    found = {"seconds": statistics.median(seconds[1:]), "here": here, "sent": group.sent - sent if group else 0}
     if alone is not None and (mode != "pipeline" or (group and group.rank == group.world - 1)):
         found["error"] = float((made - alone).abs().max() / alone.abs().max())
     return found, made
