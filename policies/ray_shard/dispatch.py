@@ -145,8 +145,8 @@ class Dispatcher:
             count, len(whole.chunks), [worker.weight for worker in workers], rows.belong_together(request.rest, count))
         everywhere = [rows.Share(place, whole.rows, whole.chunks) for place in range(len(workers))]
         grouped = self._crew.grouped and lane().count == 1
-        weights = self._weights.of(freight, request.x.shape, workers) if grouped else ""
-        return list(in_order(weights, shares, everywhere, self._settings.together if grouped else ()))
+        modes = self._weights.of(freight, request.x.shape, workers) if grouped else ()
+        return list(in_order(modes, shares, everywhere, self._settings.together if grouped else ()))
 
     def _verify(self, request: Predict, proceed: Proceed, found: Found) -> Any:
         """The workers' answer, or the host's own where both were computed to be compared."""

@@ -1,7 +1,7 @@
 """The ways in which a batch may be shared out among the workers."""
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from . import rows
@@ -38,24 +38,22 @@ class Way:
         return self.name in (TOKENS, HEADS)
 
 
-def in_order(weights: str, apart: Sequence[rows.Share], everywhere: Sequence[rows.Share],
-             together: Iterable[str]) -> Iterator[Way]:
+def in_order(modes: Sequence[str], apart: Sequence[rows.Share], everywhere: Sequence[rows.Share],
+             together: Sequence[str]) -> Iterator[Way]:
     """In the order in which they are tried.
 
     Args:
-        weights: as `Way.weights`; then all workers are asked each time, and the last way is that each has all of them.
+        modes: of weights, as `Way.weights`; with any, all workers are asked each time, and the last way is that each has all.
         apart: rows for some or all workers.
         everywhere: all rows for all workers.
-        together: ways to share attention.
+        together: ways to share attention, in their order.
     """
     all_busy = len(apart) == len(everywhere) > 1
-    if weights == PIPELINE:
-        yield Way(PIPELINE, everywhere, weights)
-    elif weights:
-        order = (ROWS, TOKENS, HEADS, ALIKE) if all_busy else (TOKENS, HEADS, ALIKE)
-        yield from (Way(name, apart if name == ROWS else everywhere, weights) for name in order
-                    if name in (ROWS, ALIKE, *together))
-    if weights:
+    for weights in modes:
+        alike = (ROWS, *together, ALIKE) if all_busy else (*together, ALIKE)
+        order = (PIPELINE,) if weights == PIPELINE else alike
+        yield from (Way(name, apart if name == ROWS else everywhere, weights) for name in order)
+    if modes:
         yield Way(ROWS, apart)
     else:
         order = (ROWS, TOKENS, HEADS) if all_busy else (TOKENS, ROWS, HEADS) if len(apart) > 1 else (TOKENS, HEADS, ROWS)

@@ -14,6 +14,7 @@ from .workers import Failed, Worker
 _MEASURING = 60.0  # seconds
 _FAR = 4  # so many times less is worth that only some workers are busy at the ends of a pipeline
 _NUMBER = 2  # bytes of a number that goes from block to block
+_ELSE = {"pipeline": "blocks", "fsdp2": "blocks"}  # the next best for a model that a mode is not for
 
 
 class Weights:
@@ -21,11 +22,11 @@ class Weights:
 
     def __init__(self, settings: Settings, crew: Crew) -> None:
         self._settings, self._crew = settings, crew
-        self._chosen: dict[str, str] = {}  # by model
+        self._chosen: dict[str, tuple[str, ...]] = {}  # by model
         self._lock = threading.Lock()
 
-    def of(self, freight: Freight, shape: Sequence[int], workers: Sequence[Worker]) -> str:
-        """One of `worker.weights.MODES`; "" where every worker has all weights.
+    def of(self, freight: Freight, shape: Sequence[int], workers: Sequence[Worker]) -> tuple[str, ...]:
+        """Of `worker.weights.MODES`, in the order in which they are tried; none where every worker has all weights.
 
         Args:
             shape: of the latents, (rows, channels, ...).
@@ -34,29 +35,29 @@ class Weights:
         Raises:
             Lost: a worker died.
         """
-        mode = self._settings.weights
-        if mode == "auto":
+        modes = _and_else(self._settings.weights)
+        if modes == ("auto",):
             with self._lock:
                 if freight.key not in self._chosen:
                     self._chosen[freight.key] = self._choose(freight, shape, workers)
-            mode = self._chosen[freight.key]
-        return "" if mode in WHOLE or len(workers) < 2 else mode
+            modes = self._chosen[freight.key]
+        return () if len(workers) < 2 else tuple(mode for mode in modes if mode not in WHOLE)
 
-    def _choose(self, freight: Freight, shape: Sequence[int], workers: Sequence[Worker]) -> str:
+    def _choose(self, freight: Freight, shape: Sequence[int], workers: Sequence[Worker]) -> tuple[str, ...]:
         """By what is measured, and says so."""
         asked = {worker: worker.ask("measure", freight.key) for worker in workers}
         try:
             found = self._crew.gather(asked, _MEASURING)
         except Failed as failed:
             emit("shard.weights", model=freight.name, mode="stream", reason=f"nothing could be measured: {failed}")
-            return "stream"
-        mode, why = choose(found, shape)
+            return ("stream",)
+        modes, why = choose(found, shape)
         measured = {"weights_bytes": found[0]["bytes"], "link_mb_per_second": round(min(one["link"] for one in found) / 1e6)}
         if not all(fits(one) for one in found):
             measured |= {"room_bytes": min(int(one["room"]) for one in found),
                          "file_mb_per_second": round(min(one["file"] for one in found) / 1e6)}
-        emit("shard.weights", model=freight.name, mode=mode, **measured, reason=why)
-        return mode
+        emit("shard.weights", model=freight.name, mode=modes[0], **measured, reason=why)
+        return modes
 
 
 def fits(found: Mapping[str, Any]) -> bool:
@@ -64,8 +65,12 @@ def fits(found: Mapping[str, Any]) -> bool:
     return bool(found["bytes"] <= found["room"])
 
 
-def choose(found: Sequence[dict[str, Any]], shape: Sequence[int]) -> tuple[str, str]:
-    """(mode, why).
+def _and_else(mode: str) -> tuple[str, ...]:
+    return (mode, _ELSE[mode]) if mode in _ELSE else (mode,)
+
+
+def choose(found: Sequence[dict[str, Any]], shape: Sequence[int]) -> tuple[tuple[str, ...], str]:
+    """(modes, of which the second is for a model that the first is not for; why).
 
     What travels for a step is compared by the seconds it takes: for "blocks" the weights that a worker does not have, for
     "stream" those that its device has no room for, for "pipeline" the hidden states at each border, of one token for each
@@ -76,18 +81,20 @@ def choose(found: Sequence[dict[str, Any]], shape: Sequence[int]) -> tuple[str, 
     """
     count, size = len(found), found[0]["bytes"]
     if all(map(fits, found)):
-        return "replicate", "it fits each device"
+        return ("replicate",), "it fits each device"
     link, file = min(one["link"] for one in found), min(one["file"] for one in found)
     stream = max(one["bytes"] - one["room"] for one in found) / file
     if not found[0]["blocks"]:
-        return "stream", "it has no lists of blocks"
+        return ("stream",), "it has no lists of blocks"
     if size / count > min(one["room"] for one in found):
-        return "stream", "a share of it does not fit each device"
+        return ("stream",), "a share of it does not fit each device"
     blocks = size * (count - 1) / count / link
     numbers = shape[0] * found[0]["width"]
     for length in shape[2:]:
         numbers *= length
     pipeline = numbers * _NUMBER * (count - 1) / link
+    least = "blocks" if blocks < stream else "stream"
     if shape[0] > 1 and pipeline * _FAR < min(blocks, stream):
-        return "pipeline", f"hidden states travel in {pipeline:.3f} s, blocks in {blocks:.3f} s, a file in {stream:.3f} s"
-    return ("blocks" if blocks < stream else "stream"), f"blocks travel in {blocks:.3f} s, what does not fit in {stream:.3f} s"
+        why = f"hidden states travel in {pipeline:.3f} s, blocks in {blocks:.3f} s, a file in {stream:.3f} s"
+        return ("pipeline", least), why
+    return (least,), f"blocks travel in {blocks:.3f} s, what does not fit in {stream:.3f} s"

@@ -141,7 +141,7 @@ def test_auto_chooses_by_what_it_measures(models: Path, simulated_npu: None, tmp
         assert (ways[2] <= {"rows", "tokens"}) == (one["mode"] == "stream")
         for event, rows in ((two, 2), (one, 1)):
             assert 0 < event["room_bytes"] < event["weights_bytes"] <= size
-            mode, why = choose([figures(event)] * 2, (rows, 16, 8, 8))
+            (mode, *_), why = choose([figures(event)] * 2, (rows, 16, 8, 8))
             assert mode == event["mode"]
             assert seconds(why) == pytest.approx(seconds(event["reason"]), rel=0.05, abs=0.001)
         assert troubles(found.plugin) == []

@@ -28,7 +28,7 @@ from support.families import random
 
 WORLD = 2
 TURNS = ("pipeline", "pipeline", "blocks")
-LUMINA: dict[str, Any] = {"image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 96, "n_layers": 4,
+LUMINA: dict[str, Any] = {"image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 96, "n_layers": 20,
                           "n_refiner_layers": 2, "n_heads": 6, "cap_feat_dim": 48, "axes_dims": [4, 6, 6],
                           "axes_lens": [64, 64, 64], "qk_norm": True}
 Z_IMAGE = {**LUMINA, "dim": 288, "n_heads": 9, "axes_dims": [8, 12, 12], "z_image_modulation": True, "pad_tokens_multiple": 8,
@@ -37,7 +37,7 @@ WAN: dict[str, Any] = {"image_model": "wan2.1", "in_dim": 16, "out_dim": 16, "di
                        "text_dim": 40, "num_heads": 3, "num_layers": 4}
 CHROMA: dict[str, Any] = {
     "image_model": "chroma", "in_channels": 64, "out_channels": 64, "context_in_dim": 48, "hidden_size": 128, "mlp_ratio": 2.0,
-    "num_heads": 4, "depth": 1, "depth_single_blocks": 2, "axes_dim": [8, 12, 12], "theta": 10000, "patch_size": 2,
+    "num_heads": 4, "depth": 4, "depth_single_blocks": 6, "axes_dim": [8, 12, 12], "theta": 10000, "patch_size": 2,
     "qkv_bias": True, "in_dim": 64, "out_dim": 128, "hidden_dim": 64, "n_layers": 2, "txt_ids_dims": [], "vec_in_dim": 32}
 IMAGE = {"x": random(1, 16, 14, 18), "c_crossattn": random(1, 13, 48, seed=2), "num_tokens": 13}
 VIDEO = {"x": random(1, 16, 3, 10, 14), "c_crossattn": random(1, 16, 40, seed=2)}

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("ray")
 
 from residency.policies.ray_shard.worker.tokens import Unsuited
-from residency.policies.ray_shard.worker.weights.units import by_turns, in_a_row, units_of, weight_of
+from residency.policies.ray_shard.worker.weights.units import by_turns, in_a_row, long_lists, units_of, weight_of
 from support import deep
 from support.ranks import ranks_of
 from support.weight_ranks import CASES
@@ -90,6 +90,19 @@ class TestUnits:
         names = [unit.name for unit in units_of(deep.PATCHERS["unet"]().model.diffusion_model)]
         assert "input_blocks.1.0" in names
         assert "input_blocks.1" not in names
+
+    def test_short_lists_are_left_to_everybody(self) -> None:
+        """By their weight; lists within lists count for the outer one."""
+        from torch.nn import Linear, Module, ModuleList
+
+        model = Module()
+        model.refiner = ModuleList([Linear(8, 8), Linear(8, 8)])
+        model.experts = ModuleList(Module() for _ in range(20))
+        for block in model.experts:
+            block.each = ModuleList([Linear(16, 16), Linear(16, 16)])
+        model.layers = ModuleList(Linear(64, 64) for _ in range(4))
+        assert {unit.name.partition(".")[0] for unit in units_of(model)} == {"refiner", "experts", "layers"}
+        assert len(long_lists(units_of(model))) == 44
 
     def test_a_model_without_lists_says_so(self) -> None:
         """It cannot be shared out."""

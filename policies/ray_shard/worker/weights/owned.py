@@ -51,7 +51,7 @@ class Owned(abc.ABC):
             Unsuited: this model, or what is patched, cannot be shared out so; all ranks find it alike.
         """
         model, self._patcher = patcher.model.diffusion_model, patcher
-        self.units = units_of(model)
+        self.units = self._units(model)
         self._refuse(patcher)
         self.owners = self._owners([unit.bytes for unit in self.units], self._shares)
         with self._absent(model):
@@ -96,6 +96,10 @@ class Owned(abc.ABC):
     def bytes_here(self) -> int:
         """Of the weights that lie with this rank."""
         return weight_of(self._model)
+
+    def _units(self, model: torch.nn.Module) -> list[Unit]:
+        """The blocks that are shared out."""
+        return units_of(model)
 
     @abc.abstractmethod
     def _owners(self, sizes: Sequence[int], shares: Sequence[float]) -> list[int]: ...

@@ -3,7 +3,8 @@
 Every worker runs the model's own forward, so that whatever is computed before, between and after the blocks is computed where
 it is needed. A block that another worker has gives tensors of the right shapes, and nothing else: which these are is learned
 from that worker, once for each shape of arguments. What a block gets from those before it is handed over at the entry of the
-first block of the next worker, after all that is added between blocks; the last worker has the answer.
+first block of the next worker, after all that is added between blocks; the last worker has the answer. Short lists of blocks
+(a text's refiner) are computed by all: many models compute them in another order than they are defined in.
 
 Rows do not know of each other: where there are several they are predicted in two parts, and two workers are busy at a time.
 """
@@ -23,7 +24,7 @@ from ..mail import Pending, broadcast, receive, send
 from ..tokens import Unsuited
 from .owned import Owned, Predict
 from .streams import Place, Recipe, Stage, put, shapes_of, tensors_of
-from .units import in_a_row
+from .units import Unit, in_a_row, long_lists
 
 _PARTS = 2  # in which a batch is predicted
 
@@ -37,6 +38,9 @@ class Pipeline(Owned):
         super().__init__(group, shares)
         self._learned: dict[Any, list[Recipe]] = {}  # by the shapes of the arguments, what each block makes
         self._sending: list[Pending] = []
+
+    def _units(self, model: torch.nn.Module) -> list[Unit]:
+        return long_lists(super()._units(model))
 
     def _owners(self, sizes: Sequence[int], shares: Sequence[float]) -> list[int]:
         return in_a_row(sizes, shares)

@@ -1,6 +1,7 @@
 """The blocks of a model: modules in its lists that hold most of its weight, each of which lies with one worker."""
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
@@ -17,6 +18,7 @@ Weights = dict[Slot, Any]
 _LISTS = (torch.nn.ModuleList,)
 _CHAINS = (torch.nn.Sequential,)  # some models call their members, and not the chain itself
 _MOST = 0.5  # of a weight
+_LITTLE = 0.1
 
 
 class Unit:
@@ -70,6 +72,18 @@ def units_of(model: torch.nn.Module) -> list[Unit]:
     if not held or held < _MOST * weight_of(model):
         raise Unsuited(f"{type(model).__name__} has no lists of blocks that hold most of its weight")
     return units
+
+
+def long_lists(units: Sequence[Unit]) -> list[Unit]:
+    """Those in parts of the model that hold more than a little of the weight of all."""
+    held: Counter[str] = Counter()
+    for unit in units:
+        held[_part(unit)] += unit.bytes
+    return [unit for unit in units if held[_part(unit)] > _LITTLE * held.total()]
+
+
+def _part(unit: Unit) -> str:
+    return unit.name.partition(".")[0]
 
 
 def _blocks(module: torch.nn.Module, name: str, listed: bool) -> Iterator[tuple[str, torch.nn.Module]]:
