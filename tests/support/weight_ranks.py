@@ -40,8 +40,10 @@ class Case:
 
 
 def cases(mode: str, *formats: str) -> dict[str, Case]:
-    found = {f"{mode}, {name}, {world} ranks": Case(mode, name, world) for name in formats for world in (2, 3)}
-    return {**found, f"{mode}, {formats[0]}, unequal shares": Case(mode, formats[0], 2, (0.7, 0.3)),
+    """Of each format in two ranks; of the first also in three, in unequal ones, and with two rows."""
+    found = {f"{mode}, {name}, 2 ranks": Case(mode, name, 2) for name in formats}
+    return {**found, f"{mode}, {formats[0]}, 3 ranks": Case(mode, formats[0], 3),
+            f"{mode}, {formats[0]}, unequal shares": Case(mode, formats[0], 2, (0.7, 0.3)),
             f"{mode}, two rows": Case(mode, "flux", 2, rows=2, tolerance=2e-6 if mode == "pipeline" else 0.0)}
 
 

@@ -14,8 +14,9 @@ pytest.importorskip("ray")
 
 from residency.hooks.remote import RemoteModel
 from residency.policies.ray_shard.parcels import pack
-from residency.policies.ray_shard.worker.group import Group, open_port
+from residency.policies.ray_shard.worker.group import Group
 from residency.policies.ray_shard.worker.models import Model
+from residency.policies.ray_shard.worker.ports import open_port
 from residency.policies.ray_shard.worker.weights import MODES
 from support import deep, evictions
 

@@ -70,13 +70,3 @@ def test_an_older_torch_is_told_of(model: Model, monkeypatch: pytest.MonkeyPatch
     missing(monkeypatch)  # type: ignore[operator]
     with pytest.raises(Unsuited, match=f"{torch.__version__.partition('+')[0]}.* {said}"):
         predicted(model, Fsdp2(alone(), [1.0]))
-
-
-def test_what_comes_off_the_device_is_placed_again(model: Model) -> None:
-    """ComfyUI may take a model off that it needs room of."""
-    expected, owned = predicted(model), Fsdp2(alone(), [1.0])
-    predicted(model, owned)
-    held = owned.bytes_here()
-    model._patcher.detach()
-    assert owned.bytes_here() < held / 2
-    assert torch.equal(predicted(model, owned), expected)
