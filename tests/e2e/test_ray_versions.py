@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from conftest import TREES, VERSIONS
 from e2e.conftest import troubles
 from e2e.test_ray import TOLERANCE, Pair, pair, patched, sampled, settings
+from e2e.test_ray_weights import modes
 from support import workflows
 from support.server import PATCHING_NODES
 from support.workflows import Workflow
@@ -15,11 +17,12 @@ from support.workflows import Workflow
 pytestmark = pytest.mark.ray
 
 FLUX, LORA = workflows.text_to_latent("middle_fp32"), workflows.text_to_latent("middle_fp32", loras=(("middle", 1.0),))
+TWO, EACH = settings(2, verify="off"), settings('"auto"', verify="off").replace("'", "")
 
 
 @pytest.fixture(scope="module", params=VERSIONS[:-1])  # the other tests run on the last
 def release(request: pytest.FixtureRequest, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    with pair(models, tmp_path_factory, settings(2, verify="off"), comfyui=TREES / request.param,
+    with pair(models, tmp_path_factory, TWO, comfyui=TREES / request.param,
               packs=[PATCHING_NODES]) as servers:
         assert servers[1].events("plugin.started")[0]["host"] == request.param
         yield Pair(*servers)
@@ -55,12 +58,29 @@ def test_tiles_of_a_vae_are_those_of_the_release_alone(release: Pair) -> None:
     assert set(release.calls()) == {"tiles"}
 
 
+@contextmanager
+def weights(pair: Pair, before: str, mode: str) -> Iterator[None]:
+    """Shared out so from the next prompt on, by other workers."""
+    pair.plugin.settings(f'{before}\nweights = "{mode}"')
+    try:
+        yield
+    finally:
+        pair.plugin.settings(before)
+
+
+@pytest.mark.parametrize(("mode", "seed"), [("blocks", 71), ("pipeline", 72), ("fsdp2", 73)])  # what ComfyUI made it has
+def test_with_weights_shared_out_latents_are_those_of_the_release_alone(release: Pair, mode: str, seed: int) -> None:
+    """No worker has all of them, and what a LoRA changes goes with them."""
+    with weights(release, TWO, mode):
+        assert release.error(sampled(LORA, seed=seed)) <= TOLERANCE
+        assert modes(release) == {mode}
+
+
 @pytest.fixture(scope="module", params=VERSIONS[1:])  # the first has no switch for dynamic VRAM but an NVIDIA card
 def paged(request: pytest.FixtureRequest, models: Path, simulated_npu: None,
           tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     """A worker on each of two simulated accelerators, where ComfyUI pages weights by a simulated library."""
-    text = settings('"auto"', verify="off").replace("'", "")
-    with pair(models, tmp_path_factory, text, comfyui=TREES / request.param, device_mb=1500, dynamic_vram=True,
+    with pair(models, tmp_path_factory, EACH, comfyui=TREES / request.param, device_mb=1500, dynamic_vram=True,
               env={"SIMNPU_DEVICES": "2"}) as servers:
         yield Pair(*servers)
         assert troubles(servers[1]) == []
@@ -99,3 +119,11 @@ def test_with_dynamic_vram_tiles_are_those_of_comfyui_alone(paged: Pair) -> None
     for prefix in ("out", "out_again"):
         assert paged.error(flow, prefix) == 0
     assert set(paged.calls()) == {"tiles"}
+
+
+@pytest.mark.parametrize(("mode", "seed"), [("blocks", 71), ("fsdp2", 72)])
+def test_with_dynamic_vram_weights_can_be_shared_out(paged: Pair, mode: str, seed: int) -> None:
+    """Each worker's are on its device."""
+    with weights(paged, EACH, mode):
+        assert paged.error(sampled(PAGED, seed=seed)) <= TOLERANCE
+        assert modes(paged) == {mode}
