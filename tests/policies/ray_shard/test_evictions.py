@@ -7,6 +7,7 @@ from typing import Any
 import comfy.model_management
 import pytest
 import torch
+import torch.distributed
 from conftest import TREES, VERSIONS
 from support import tiny
 
@@ -96,6 +97,14 @@ def test_it_is_placed_no_more_often_than_it_was_taken_off(unet: Model, monkeypat
     assert len(placed) == 4
 
 
+@pytest.fixture
+def no_global_group() -> Iterator[None]:
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("no_global_group")
 @pytest.mark.parametrize("mode", sorted(MODES))
 def test_a_model_whose_blocks_are_shared_out(mode: str) -> None:
     """Its share comes back as well, and then goes home."""

@@ -15,13 +15,17 @@ from residency.policies.ray_shard.worker.ports import open_port
 from residency.policies.ray_shard.worker.tokens import Unsuited
 from residency.policies.ray_shard.worker.weights.fsdp2 import Fsdp2
 from residency.policies.ray_shard.worker.weights.mesh import mesh_of
+from residency.policies.ray_shard.worker.weights.units import weight_of
 from support import deep
 from torch.distributed.fsdp import FSDPModule
 
 
 @pytest.fixture
-def model() -> Model:
-    return Model(deep.PATCHERS["flux"]().model, deep.CPU, deep.CPU)
+def model() -> Iterator[Model]:
+    made = Model(deep.PATCHERS["flux"]().model, deep.CPU, deep.CPU)
+    yield made
+    with torch.inference_mode():
+        made.release()
 
 
 @pytest.fixture(autouse=True)
@@ -70,3 +74,12 @@ def test_an_older_torch_is_told_of(model: Model, monkeypatch: pytest.MonkeyPatch
     missing(monkeypatch)  # type: ignore[operator]
     with pytest.raises(Unsuited, match=f"{torch.__version__.partition('+')[0]}.* {said}"):
         predicted(model, Fsdp2(alone(), [1.0]))
+
+
+def test_what_comes_off_the_device_is_placed_again(model: Model) -> None:
+    """ComfyUI may take a model off that it needs room of."""
+    expected, owned = predicted(model), Fsdp2(alone(), [1.0])
+    predicted(model, owned)
+    model._patcher.detach()
+    assert owned.bytes_here() == weight_of(model._model)  # in the file's mapping; there are no parts beside it
+    assert torch.equal(predicted(model, owned), expected)
