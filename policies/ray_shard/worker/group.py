@@ -172,7 +172,7 @@ class Group:
         there = whole if whole.device == device else torch.empty_like(whole, device=device)
         mine = part.to(device)
         self._count(part.nbytes * (self.world - 1))
-        works = [carrier._allgather_base(there, mine)] if carrier is self._nccl else self._broadcasts(there, mine)
+        works = [carrier._allgather_base(there, mine)] if device.type == "cuda" else self._broadcasts(carrier, there, mine)
 
         def arrived() -> None:
             self._wait(works)
@@ -181,12 +181,12 @@ class Group:
 
         return arrived
 
-    def _broadcasts(self, whole: torch.Tensor, part: torch.Tensor) -> list[Any]:
+    def _broadcasts(self, gloo: Any, whole: torch.Tensor, part: torch.Tensor) -> list[Any]:
         """gloo gathers by way of memory that its threads keep; these are received in their places."""
         parts = torch.chunk(whole, self.world)
         if part.data_ptr() != parts[self.rank].data_ptr():
             parts[self.rank].copy_(part)
-        return [self._gloo.broadcast([_as_bytes(one)], _from(rank)) for rank, one in enumerate(parts)]
+        return [gloo.broadcast([_as_bytes(one)], _from(rank)) for rank, one in enumerate(parts)]
 
     def close(self) -> None:
         """Lets go of the connections, whatever is still under way. The others find out at their next exchange."""
@@ -196,9 +196,10 @@ class Group:
 
     def _carrier(self, tensor: torch.Tensor) -> tuple[Any, torch.device]:
         """The process group for a tensor, and where it wants it."""
-        if self._gloo is None:
+        gloo, nccl = self._gloo, self._nccl  # another thread may close it
+        if gloo is None:
             raise PeerLost(f"rank {self.rank} of {self.world} has closed this group")
-        return (self._nccl, tensor.device) if self._nccl is not None and tensor.is_cuda else (self._gloo, _CPU)
+        return (nccl, tensor.device) if nccl is not None and tensor.is_cuda else (gloo, _CPU)
 
     def _count(self, sent: int) -> None:
         self.collectives += 1

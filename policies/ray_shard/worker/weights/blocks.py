@@ -32,7 +32,8 @@ class Blocks(Fetched):
             if owner == self.group.rank:
                 unit = self.units[index]
                 flat, sheet = sheets.write(unit.weights(), self._patcher.load_device)
-                unit.lay(sheets.read(sheet, flat))
+                # ComfyUI takes back parameters alone; anything else over these bytes would keep all of them.
+                unit.lay({slot: value for slot, value in sheets.read(sheet, flat).items() if slot[1] == "_parameters"})
                 self._flats[index] = flat
                 told[index] = flat.nbytes, sheet
         return told

@@ -33,12 +33,7 @@ class Fetched(Owned):
         self._coming: tuple[int, Coming] | None = None
         self._after: dict[int, int] = {}  # by block: which one was computed next, the last time
         self._before: int | None = None
-        self._instead: dict[Slot, Any] = {}  # what a block that is not here has while it is not computed
-
-    def drop(self) -> None:
-        super().drop()
-        self._sheets.clear()
-        self._coming = None
+        self._inside: tuple[int, dict[Slot, Any]] | None = None  # the block that has what came, and what it had instead
 
     @abc.abstractmethod
     def _begin(self, index: int) -> Coming:
@@ -49,20 +44,21 @@ class Fetched(Owned):
         """The bytes that came are used no longer."""
 
     def _run(self, predict: Predict, x: torch.Tensor, arguments: dict[str, Any], apart: bool) -> torch.Tensor:
-        self._before = self._coming = None
+        self._before = None
         with self._watched():
             answer = predict(x, arguments)
-        self._pass_over()
+            self._pass_over()
         return answer
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
-        """Weights come before a block is computed, and go afterwards."""
+        """Weights come before a block is computed, and go afterwards, also from one that fails or is called off."""
         with contextlib.ExitStack() as stack:
+            stack.callback(self._end)
             for index, unit in enumerate(self.units):
                 stack.enter_context(unit.module.register_forward_pre_hook(partial(self._enter, index)))
                 if index in self._away:
-                    stack.enter_context(unit.module.register_forward_hook(partial(self._leave, index), always_call=True))
+                    stack.enter_context(unit.module.register_forward_hook(self._leave))
             yield
 
     def _enter(self, index: int, module: torch.nn.Module, args: Any) -> None:
@@ -72,7 +68,7 @@ class Fetched(Owned):
         (_, coming), self._coming = self._coming, None
         flat = coming.wait()
         if index in self._away:
-            self._instead = self.units[index].lay(sheets.read(self._sheets[index], flat))
+            self._inside = index, self.units[index].lay(sheets.read(self._sheets[index], flat))
         if self._before is not None:
             self._after[self._before] = index
         self._before = index
@@ -80,9 +76,16 @@ class Fetched(Owned):
         if following < len(self.units):
             self._coming = following, self._begin(following)
 
-    def _leave(self, index: int, module: torch.nn.Module, args: Any, result: Any) -> None:
-        self.units[index].lay(self._instead)
-        self._done(index)
+    def _leave(self, *_: Any) -> None:
+        if self._inside is not None:
+            (index, instead), self._inside = self._inside, None
+            self.units[index].lay(instead)
+            self._done(index)
+
+    def _end(self) -> None:
+        """What is still coming is not waited for: whoever was to send it may be gone."""
+        self._leave()
+        self._coming = None
 
     def _pass_over(self) -> None:
         """A block that came is not the one that is computed."""

@@ -86,11 +86,12 @@ class Owned(abc.ABC):
             Unsuited: it cannot be computed so; all ranks find it alike.
             PeerLost: another rank did not take part.
         """
+        through_ram = self.group.place(x.device) != x.device
         self._agree()
         try:
             return self._run(predict, x, arguments, apart)
         finally:
-            if self.group.place(x.device) != x.device:  # what came through RAM is kept by its allocator
+            if through_ram:  # what came is kept by its allocator
                 soft_empty_cache()
 
     def bytes_here(self) -> int:
