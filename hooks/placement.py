@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 import comfy.model_management
 import torch
@@ -122,11 +122,4 @@ def _patch(call: HostCall) -> PatchWeight | None:
     module = patcher.model.get_submodule(owner)
     if name != "weight" or not keeps_file_format(module):
         return None
-
-    def at_use() -> None:
-        from .gguf_weights.weighted import AtUse
-
-        model, applied = ref(patcher.model), patcher.patches_uuid
-        module.patch = AtUse(key, patcher.patches, lambda: getattr(model(), "current_weight_patches_uuid", None) == applied)
-
-    return PatchWeight(at_use)
+    return PatchWeight(partial(module.patch_at_use, key, patcher))

@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 import comfy.float
 import comfy.lora
@@ -163,6 +164,12 @@ class Weighted(torch.nn.Module):
         if not self.keeps_file_format:
             raise AttributeError("set_weight")
         return lambda weight, return_weight=False, **options: weight if return_weight else self.write(weight)
+
+    def patch_at_use(self, key: str, patcher: Any) -> None:
+        """Adds the LoRA that a patcher of the host's has for this weight at each use, while the host counts it as applied. The
+        blocks stay, and no dense weight is kept."""
+        model, applied = ref(patcher.model), patcher.patches_uuid
+        self.patch = AtUse(key, patcher.patches, lambda: getattr(model(), "current_weight_patches_uuid", None) == applied)
 
     def added_to(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The dense weight in the dtype in which a LoRA is added, from the numbers that the layer computes with: a file that

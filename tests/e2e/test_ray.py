@@ -166,6 +166,18 @@ def test_gguf_blocks_are_mapped_by_the_workers(ray_pair: Pair, models: Path) -> 
     assert loaded["copied_bytes"] < 0.1 * loaded["mapped_bytes"]
 
 
+def test_lora_on_gguf_goes_on_and_off_and_on(ray_pair: Pair) -> None:
+    """Of the ordinary kind and scheduled by hooks, with the latents of the dequantised weights."""
+    one = (("flux_mixed", 1.0),)
+    flows = [[workflows.text_to_latent(name), workflows.text_to_latent(name, loras=one),
+              workflows.hooked_lora(name, "flux_mixed")] for name in ("flux_mixed.gguf", "flux_mixed_fp32")]
+    for index in (1, 0, 2, 0, 1, 2):
+        assert ray_pair.error(flows[0][index], like=flows[1][index]) <= TOLERANCE
+        assert "local" not in ray_pair.calls()
+    assert ray_pair.error(flows[0][1], like=flows[1][0]) > 10 * TOLERANCE
+    assert ray_pair.error(flows[0][2], like=flows[1][0]) > 10 * TOLERANCE
+
+
 @pytest.mark.parametrize(("kind", "amount", "reason"), [("CountCalls", 1.0, "state"), ("HoldLock", 0.9, "cannot be sent")])
 def test_what_cannot_travel_is_computed_here(ray_pair: Pair, kind: str, amount: float, reason: str) -> None:
     """With the same latents, bit for bit, and the reason said once."""

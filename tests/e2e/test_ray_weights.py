@@ -57,10 +57,13 @@ def test_latents_are_those_of_comfyui_alone(shared: Pair, flow: Workflow) -> Non
 
 
 def test_gguf_weights_are_shared_out(shared: Pair) -> None:
-    """In the format that they have in the file."""
-    flow, twin = workflows.text_to_latent("flux_mixed.gguf"), workflows.text_to_latent("flux_mixed_fp32")
-    assert shared.error(flow, like=twin) <= TOLERANCE
-    assert modes(shared) == {shared.mode}  # type: ignore[attr-defined]
+    """In the format that they have in the file; with a LoRA, and without it again."""
+    plain, patched = (), (("flux_mixed", 1.0),)
+    for loras in (plain, patched, plain):
+        flow, twin = (workflows.text_to_latent(name, loras=loras) for name in ("flux_mixed.gguf", "flux_mixed_fp32"))
+        assert shared.error(flow, like=twin) <= TOLERANCE
+        assert modes(shared) == {shared.mode}  # type: ignore[attr-defined]
+    assert shared.error(flow, like=workflows.text_to_latent("flux_mixed_fp32", loras=patched)) > 10 * TOLERANCE
 
 
 def test_lora_goes_on_and_off(shared: Pair) -> None:

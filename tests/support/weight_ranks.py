@@ -1,7 +1,8 @@
 """A rank of a group, in a process of its own, whose arguments are its rank and a port for each case, in their order.
 
 Predicts alone and with the weights shared out among the ranks, and prints JSON: by case, the largest error relative to the
-largest number of the model alone, the bytes of its weights that are here, what was sent, and attentions that were shared.
+largest number of the model alone, the bytes of its weights that are here, copies beside them included, what was sent, and
+attentions that were shared.
 """
 from __future__ import annotations
 
@@ -89,6 +90,11 @@ def error(made: torch.Tensor, alone: torch.Tensor) -> float:
     return float((made - alone).abs().max() / alone.abs().max())
 
 
+def beside(model: torch.nn.Module) -> int:
+    """Bytes of the tensors that layers keep as attributes, beside their weights."""
+    return sum(value.nbytes for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor))
+
+
 def predict(model: models.Model, case: Case, group: Group, owned: Any, shares: Sequence[float]) -> tuple[torch.Tensor, int]:
     """(the prediction, attentions that were shared)."""
     arguments = deep.arguments(case.model, case.rows)
@@ -112,8 +118,8 @@ def compare(case: Case, rank: int, port: int, built: Any, parcels: dict[str, Any
             model.patch(turn, parcels[turn])
             sent = group.sent
             made, shared = predict(model, case, group, owned, shares)
-            found[turn] = {"error": error(made, alone[turn]), "here": owned.bytes_here() / whole, "sent": group.sent - sent,
-                           "shared": shared}
+            here = owned.bytes_here() + beside(built)
+            found[turn] = {"error": error(made, alone[turn]), "here": here / whole, "sent": group.sent - sent, "shared": shared}
     finally:
         model.release()
     assert comfy.model_management.current_loaded_models == []

@@ -6,7 +6,6 @@ from typing import Any
 
 import comfy.model_base
 import comfy.model_management
-import comfy.model_patcher
 import comfy.sd
 import torch
 from comfy.patcher_extension import CallbacksMP
@@ -16,6 +15,7 @@ from ...models import ITSELF
 from ..parcels import Parcel, unpack
 from ..rebuilding import Pieces
 from .homes import Home
+from .patcher import Patcher
 from .weights.owned import Owned
 
 UNCUT = Chunking(1)
@@ -56,7 +56,7 @@ class Model:
     def __init__(self, model: Any, device: torch.device, offload_device: torch.device, chunking: Chunking = UNCUT) -> None:
         cast_at_use(model)
         self._model = model
-        self._base = comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload_device)
+        self._base = Patcher(model, load_device=device, offload_device=offload_device)
         self._base.add_callback_with_key(CallbacksMP.ON_DETACH, _HOMES, self._taken_off)  # its clones have it too
         self._patcher = self._base
         self._chunking, self.whole = chunking, ""

@@ -76,6 +76,16 @@ def test_each_has_its_share_of_the_blocks(ranks: list[dict[str, dict[str, Any]]]
     assert 0.6 < (more - shared) / (1 - shared) < 0.8
 
 
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.model == "flux in GGUF"])
+def test_a_lora_on_gguf_costs_no_weights(ranks: list[dict[str, dict[str, Any]]], name: str) -> None:
+    """The blocks are held, and travel, as they are in the file; whoever computes them adds the LoRA. What is no block of the
+    file's is patched by ComfyUI, and is as large as before."""
+    for of_rank in found(ranks, name):
+        plain, lora = of_rank["plain"], of_rank["lora"]
+        assert lora["here"] == plain["here"]
+        assert lora["sent"] <= 1.02 * plain["sent"]
+
+
 class TestUnits:
     @pytest.mark.parametrize(("name", "count"), [("flux", 9), ("wan", 7)])
     def test_blocks_are_the_modules_of_the_lists(self, name: str, count: int) -> None:
