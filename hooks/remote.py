@@ -24,8 +24,8 @@ _PLACED: dict[str, Any] = {"current_patcher": None, "dynamic_vbars": {}, "dynami
                            "current_weight_patches_uuid": None, "model_offload_buffer_memory": 0}
 
 
-# Of a layer: what dynamic VRAM notes of its own pages and pinned copies, addresses of this process among them.
-_PAGED = re.compile(r"_v(_.*)?|_pins?(_.*)?|_prefetch|.*_lowvram_function")
+# Of a layer: what dynamic VRAM notes of its own pages and pinned copies, addresses of this process among them, and of LoRA.
+_PAGED = re.compile(r"_v(_.*)?|_pins?(_.*)?|_prefetch|.*_lowvram_function|_lowvram")
 
 
 class RemoteModel:

@@ -54,13 +54,13 @@ class Weighted(torch.nn.Module):
     """
 
     _parameters: dict[str, Any]
+    _lowvram: Function | None = None  # of this process: it is not sent to another
 
     def empty(self, names: tuple[str, ...], dtype: torch.dtype | None) -> None:
         """Makes no weights: the file's will be assigned, and Windows would charge for memory that nobody uses."""
         torch.nn.Module.__init__(self)
         self.computes_in = self.weight_comfy_model_dtype = self.bias_comfy_model_dtype = dtype or torch.float32
         self._functions: list[Function] = []
-        self._lowvram: Function | None = None
         self.patch: AtUse | None = None
         self.written: torch.Tensor | None = None
         self.room: DenseRoom | None = None

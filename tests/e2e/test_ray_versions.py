@@ -45,6 +45,19 @@ def test_latents_are_those_of_the_release_alone(release: Pair, flow: Workflow, w
     assert set(release.calls()) == {way}
 
 
+def test_gguf_latents_with_a_lora_are_those_of_the_dequantised_weights(release: Pair) -> None:
+    """Of the ordinary kind and scheduled by hooks, and without one again."""
+    gguf, twin = "flux_mixed.gguf", "flux_mixed_fp32"
+    plain, one = (), (("flux_mixed", 1.0),)
+    for loras in (one, plain):
+        flow = workflows.text_to_latent(gguf, loras=loras)
+        assert release.error(flow, like=workflows.text_to_latent(twin, loras=loras)) <= TOLERANCE
+        assert "local" not in release.calls()
+    hooked = [workflows.hooked_lora(name, "flux_mixed") for name in (gguf, twin)]
+    assert release.error(hooked[0], like=hooked[1]) <= TOLERANCE
+    assert "local" not in release.calls()
+
+
 def test_another_image_is_seen(release: Pair) -> None:
     """The control."""
     assert release.error(LORA, like=FLUX) > 10 * TOLERANCE
@@ -107,10 +120,12 @@ def test_with_dynamic_vram_latents_are_those_of_comfyui_alone(paged: Pair, flow:
 
 def test_with_dynamic_vram_a_lora_is_rounded_as_without(paged: Pair) -> None:
     """ComfyUI's own latents differ by as much with dynamic VRAM and without, for weights in bfloat16."""
-    lora = workflows.text_to_latent("middle_a", loras=(("middle", 1.0),))
+    lora, twin = (workflows.text_to_latent(name, loras=(("middle", 1.0),)) for name in ("middle_a", "middle_q8_a_bf16"))
     assert paged.error(lora) <= 0.05
     assert set(paged.calls()) == {"rows"}
     assert paged.error(lora, like=PAGED) > 0.2
+    assert paged.error(workflows.text_to_latent("middle_q8_a.gguf", loras=(("middle", 1.0),)), like=twin) <= 0.05
+    assert set(paged.calls()) == {"rows"}
 
 
 def test_with_dynamic_vram_tiles_are_those_of_comfyui_alone(paged: Pair) -> None:

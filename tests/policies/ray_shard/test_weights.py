@@ -78,12 +78,11 @@ def test_each_has_its_share_of_the_blocks(ranks: list[dict[str, dict[str, Any]]]
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.model == "flux in GGUF"])
 def test_a_lora_on_gguf_costs_no_weights(ranks: list[dict[str, dict[str, Any]]], name: str) -> None:
-    """The blocks are held, and travel, as they are in the file; whoever computes them adds the LoRA. What is no block of the
-    file's is patched by ComfyUI, and is as large as before."""
+    """The blocks lie here, and travel, as they are in the file; whoever computes them adds the LoRA."""
     for of_rank in found(ranks, name):
         plain, lora = of_rank["plain"], of_rank["lora"]
         assert lora["here"] == plain["here"]
-        assert lora["sent"] <= 1.02 * plain["sent"]
+        assert lora["sent"] <= 1.01 * plain["sent"]
 
 
 class TestUnits:

@@ -9,6 +9,7 @@ from typing import Any
 
 import comfy.hooks
 import comfy.model_management
+import comfy.model_patcher
 import pytest
 import torch
 from support import deep
@@ -186,3 +187,20 @@ def test_patches_end_with_their_use(host: Host, model: Model) -> None:
     gc.collect()
     assert gone() is None
     assert not any(layer.patch for layer in layers(model))
+
+
+def test_a_lora_that_dynamic_vram_left_in_the_layers_stays_there(host: Host) -> None:
+    """A model may be sent after ComfyUI computed with it."""
+    patched = deep.lora(host.patcher)
+    layer, remote = host.patcher.model.get_submodule(KEY.removesuffix(".weight")), RemoteModel(host.patcher)
+    layer.weight_lowvram_function = left = comfy.model_patcher.LowVramPatch(KEY, patched.patches)
+    try:
+        with remote.unpaged():
+            built = pack(remote.as_built())
+        assert layer.weight_function[1] is left
+    finally:
+        layer.weight_lowvram_function = None
+    made = Models(CPU, CPU)
+    made.add("model", "diffusion_model", built)
+    made["model"].patch("plain", host.patches(host.patcher.clone()))
+    assert torch.equal(predicted(made["model"]), host.predict(host.patcher.clone()))
