@@ -31,8 +31,7 @@ TURNS = ("pipeline", "pipeline", "blocks")
 LUMINA: dict[str, Any] = {"image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 96, "n_layers": 20,
                           "n_refiner_layers": 2, "n_heads": 6, "cap_feat_dim": 48, "axes_dims": [4, 6, 6],
                           "axes_lens": [64, 64, 64], "qk_norm": True}
-Z_IMAGE = {**LUMINA, "dim": 288, "n_heads": 9, "axes_dims": [8, 12, 12], "z_image_modulation": True, "pad_tokens_multiple": 8,
-           "siglip_feat_dim": 24}
+Z_IMAGE = {**LUMINA, "dim": 288, "n_heads": 9, "axes_dims": [8, 12, 12], "z_image_modulation": True, "pad_tokens_multiple": 8}
 WAN: dict[str, Any] = {"image_model": "wan2.1", "in_dim": 16, "out_dim": 16, "dim": 144, "ffn_dim": 200, "freq_dim": 64,
                        "text_dim": 40, "num_heads": 3, "num_layers": 4}
 CHROMA: dict[str, Any] = {
@@ -55,9 +54,10 @@ class Case:
 CASES = {
     "lumina 2": Case("Lumina2", {**LUMINA, "n_kv_heads": 3}, IMAGE),
     "z-image": Case("Lumina2", Z_IMAGE, IMAGE),
-    "z-image with references": Case("Lumina2", Z_IMAGE, {**IMAGE, "ref_latents": [random(1, 16, 10, 6, seed=5)],
-                                                         "ref_contexts": [random(1, 5, 48, seed=7), random(1, 7, 48, seed=8)],
-                                                         "siglip_feats": [random(1, 3, 5, 24, seed=10)]}),
+    "z-image with references": Case(
+        "Lumina2", {**Z_IMAGE, "siglip_feat_dim": 24},
+        {**IMAGE, "ref_latents": [random(1, 16, 10, 6, seed=5)], "siglip_feats": [random(1, 3, 5, 24, seed=10)],
+         "ref_contexts": [random(1, 5, 48, seed=7), random(1, 7, 48, seed=8)]}),
     "chroma": Case("Chroma", CHROMA, {"x": random(1, 16, 14, 18), "c_crossattn": random(1, 13, 48, seed=2),
                                       "guidance": torch.tensor([0.0])}),
     "vace": Case("WAN21_Vace", {**WAN, "model_type": "vace", "vace_layers": 2, "vace_in_dim": 6},

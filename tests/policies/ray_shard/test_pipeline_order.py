@@ -10,7 +10,7 @@ pytest.importorskip("ray")
 from support.order_ranks import CASES, TURNS, WORLD
 from support.ranks import ranks_of
 
-IN_ORDER = {"wan", "lumina 2", "z-image", "z-image with references", "chroma"}
+IN_ORDER = {"wan", "lumina 2", "z-image", "chroma"}
 PIPELINE = [turn for turn, mode in enumerate(TURNS) if mode == "pipeline"]
 BLOCKS = TURNS.index("blocks")
 
@@ -29,6 +29,7 @@ def test_blocks_in_their_order_are_a_pipeline(ranks: list[dict[str, dict[str, An
 
 
 @pytest.mark.parametrize(("name", "reason"), [
+    pytest.param("z-image with references", "block 2 is computed as number 0", id="two refiners are too much to have twice"),
     pytest.param("vace", "block 4 is computed as number 1", id="blocks of hints take turns with others"),
 ])
 def test_another_order_is_said_alike_by_all(ranks: list[dict[str, dict[str, Any]]], name: str, reason: str) -> None:

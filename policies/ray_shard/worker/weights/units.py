@@ -18,7 +18,7 @@ Weights = dict[Slot, Any]
 _LISTS = (torch.nn.ModuleList,)
 _CHAINS = (torch.nn.Sequential,)  # some models call their members, and not the chain itself
 _MOST = 0.5  # of a weight
-_LITTLE = 0.1
+_LITTLE = 0.1  # of the blocks' weight, which every rank can hold beside its share
 
 
 class Unit:
@@ -75,11 +75,17 @@ def units_of(model: torch.nn.Module) -> list[Unit]:
 
 
 def long_lists(units: Sequence[Unit]) -> list[Unit]:
-    """Those in parts of the model that hold more than a little of the weight of all."""
+    """Those in the parts of the model that hold most of the weight; the others hold little, all together."""
     held: Counter[str] = Counter()
     for unit in units:
         held[_part(unit)] += unit.bytes
-    return [unit for unit in units if held[_part(unit)] > _LITTLE * held.total()]
+    short, left = set(), _LITTLE * held.total()
+    for part, weight in reversed(held.most_common()):
+        left -= weight
+        if left < 0:
+            break
+        short.add(part)
+    return [unit for unit in units if _part(unit) not in short]
 
 
 def _part(unit: Unit) -> str:
