@@ -148,7 +148,7 @@ def test_a_rule_puts_a_model_on_another_device(tiny: Server) -> None:
 def test_pages_of_dynamic_vram_keep_to_the_limit(dynamic_pair: Pair) -> None:
     """Where ComfyUI pages weights itself, its pages get the limit; they are of 32 MB."""
     server = dynamic_pair.plugin
-    server.free()
+    empty(server)
     held = []
     for seed, text in ((21, rule(name="middle_*", device_gb=0.035)), (22, "")):
         server.settings(text)
