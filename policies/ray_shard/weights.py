@@ -14,7 +14,8 @@ from .workers import Failed, Worker
 _MEASURING = 60.0  # seconds
 _FAR = 4  # so many times less is worth that only some workers are busy at the ends of a pipeline
 _NUMBER = 2  # bytes of a number that goes from block to block
-_ELSE = {"pipeline": "blocks", "fsdp2": "blocks"}  # the next best for a model that a mode is not for
+# Modes with the next best, for a model that they are not for.
+_AND_ELSE = {"pipeline": ("pipeline", "blocks"), "fsdp2": ("fsdp2", "blocks")}
 
 
 class Weights:
@@ -35,8 +36,9 @@ class Weights:
         Raises:
             Lost: a worker died.
         """
-        modes = _and_else(self._settings.weights)
-        if modes == ("auto",):
+        named = self._settings.weights
+        modes: tuple[str, ...] = _AND_ELSE.get(named, (named,))
+        if named == "auto":
             with self._lock:
                 if freight.key not in self._chosen:
                     self._chosen[freight.key] = self._choose(freight, shape, workers)
@@ -63,10 +65,6 @@ class Weights:
 def fits(found: Mapping[str, Any]) -> bool:
     """Whether a device has room for the whole model."""
     return bool(found["bytes"] <= found["room"])
-
-
-def _and_else(mode: str) -> tuple[str, ...]:
-    return (mode, _ELSE[mode]) if mode in _ELSE else (mode,)
 
 
 def choose(found: Sequence[dict[str, Any]], shape: Sequence[int]) -> tuple[tuple[str, ...], str]:

@@ -78,19 +78,6 @@ def host(request: pytest.FixtureRequest) -> Host:
         return Host(request.param)
 
 
-@pytest.fixture
-def models(host: Host) -> Models:
-    made = Models(CPU, CPU)
-    made.add("model", "diffusion_model", host.built)
-    return made
-
-
-@pytest.fixture
-def model(models: Models) -> Model:
-    made: Model = models["model"]
-    return made
-
-
 def predicted(model: Model) -> torch.Tensor:
     return model.predict(deep.arguments("flux in GGUF"))
 

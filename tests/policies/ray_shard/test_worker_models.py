@@ -94,18 +94,6 @@ def host(large: None) -> Host:
         return Host()
 
 
-@pytest.fixture
-def models(host: Host) -> Models:
-    made = Models(CPU, CPU)
-    made.add("model", "diffusion_model", host.built)
-    return made
-
-
-@pytest.fixture
-def model(models: Models) -> Model:
-    return models["model"]
-
-
 def sent(host: Host) -> str:
     """A digest of all that was sent."""
     digest = hashlib.sha256()

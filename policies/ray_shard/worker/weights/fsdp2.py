@@ -53,12 +53,9 @@ class Fsdp2(Fetched):
     def _patched(self, unit: Unit, weights: Weights) -> Weights:
         """A block's, with what is patched; they are not in the block any more."""
         unit.lay(weights)
-        for path, module in unit.module.named_modules():
-            for leaf in module._parameters:
-                key = ".".join(filter(None, ("diffusion_model", unit.name, path, leaf)))
-                if key in self._patcher.patches:
-                    self._patcher.patch_weight_to_device(key, device_to=self._patcher.load_device)
-                    self._patcher.backup.pop(key, None)  # these go back by `drop`
+        for key in self._patched_in(unit):
+            self._patcher.patch_weight_to_device(key, device_to=self._patcher.load_device)
+            self._patcher.backup.pop(key, None)  # these go back by `drop`
         made = unit.weights()
         unit.lay(dict.fromkeys({**weights, **made}))
         return made

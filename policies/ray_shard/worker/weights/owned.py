@@ -146,15 +146,15 @@ class Owned(abc.ABC):
             for index in others:
                 _put(model, self.units[index].name, self.units[index].module)
         for index in others:
-            self._patch_at_use(self.units[index])
+            for key in self._patched_in(self.units[index]):
+                self._patcher.patch_at_use(key)  # what travels as it is in the file is patched by whoever computes it
             weights = self._away[index] = self.units[index].weights()
             self.units[index].lay(dict.fromkeys(weights))  # whoever uses one nevertheless hears of it
 
-    def _patch_at_use(self, unit: Unit) -> None:
-        """What travels as it is in the file is patched by whoever computes it."""
-        for key in self._patcher.patches:
-            if key.startswith(f"diffusion_model.{unit.name}."):
-                self._patcher.patch_at_use(key)
+    def _patched_in(self, unit: Unit) -> list[str]:
+        """The patcher's keys of a block's parameters that it patches."""
+        keys = (f"diffusion_model.{unit.name}.{name}" for name, _ in unit.module.named_parameters(remove_duplicate=False))
+        return [key for key in keys if key in self._patcher.patches]
 
     def _agree(self) -> None:
         """What is new with any rank is known to all."""
