@@ -25,6 +25,9 @@ from .ports import interface_of, listen
 dist: Any = torch.distributed  # most of what is used here is its C++ half, which has no types
 BACKENDS = ("auto", "gloo", "nccl")
 _CPU = torch.device("cpu")
+# torch records every collective in one table of the process, which two threads that use two groups break (a segmentation fault
+# in 2.11's `FlightRecorder::record`). 0 turns that off.
+_NO_RECORDER = "TORCH_FR_BUFFER_SIZE", "0"
 
 
 class Exchange(Protocol):
@@ -76,6 +79,7 @@ class Group:
         self._nccl: Any = None
         host, patience = host.strip("[]"), datetime.timedelta(seconds=timeout)
         server = listen(host, int(port)) if rank == 0 else None
+        os.environ.setdefault(*_NO_RECORDER)
         if name := interface_of(interface):  # NCCL's choice among several may be one that the others do not reach
             os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
         try:
@@ -242,5 +246,5 @@ def _card(device: torch.device, rank: int) -> str:
 
 def _cards(store: Any, rank: int, world: int, card: str) -> list[str]:
     """Every rank's card; all ranks see the same list, and so decide alike."""
-    store.set(f"card/{rank}", card)
-    return [store.get(f"card/{other}").decode() for other in range(world)]
+    store.set(f"card/{rank}", f"={card}")  # to get an empty value takes torch's store 0.2 s
+    return [store.get(f"card/{other}").decode()[1:] for other in range(world)]

@@ -1,6 +1,7 @@
 """Groups of ranks: what they exchange, what happens when one is missing. A rank is a thread here: groups know no process."""
 from __future__ import annotations
 
+import json
 import socket
 import sys
 import threading
@@ -91,6 +92,15 @@ def test_ranks_exchange_parts() -> None:
         assert all(torch.equal(got, part(source, rank)) for source, got in enumerate(received))
         assert collectives == 1
         assert sent == sum(part(rank, target).nbytes for target in range(3) if target != rank)
+
+
+def test_torch_keeps_no_record_of_what_is_exchanged() -> None:
+    """Threads that use two groups break its table of them, and the process ends."""
+    def work(group: Group) -> Any:
+        group.gather(torch.zeros(1), 0, [1, 1])
+        return json.loads(torch._C._distributed_c10d._dump_fr_trace_json())
+
+    assert all("entries" not in kept for kept in everywhere(2, work))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere one address is the loopback's")
