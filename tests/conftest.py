@@ -1,6 +1,7 @@
 """Every test sees the plugin's parts as `residency`, beside ComfyUI's own modules."""
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +9,8 @@ import pytest
 from support.loading import COMFYUI, ROOT, TREES, VERSIONS, load
 
 __all__ = ["COMFYUI", "ROOT", "TREES", "VERSIONS"]
+
+gc.disable()  # until all tests are collected: nearly everything that is made by then stays
 
 try:
     load()
@@ -24,6 +27,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: "e2e" in item.path.parts)
 
 
+def pytest_collection_finish() -> None:
+    gc.enable()
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from support.processes import ByServers
@@ -37,6 +44,13 @@ def simulated_npu() -> None:
     if reason:
         pytest.skip(reason)
     build_simulated_npu()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections() -> None:
+    """Collecting garbage is what ends a model's life in many tests; what was there before them need not be searched each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -170,15 +170,6 @@ class FakeProcess:
         return {"root": "", "arguments": b"", "package": "residency", "folder": "", "threads": 1, "process": (0, 0.0)}
 
 
-@pytest.fixture(scope="session", autouse=True)
-def quick_collections() -> Iterator[None]:
-    """Collecting is what ends a model's life in these tests; what was imported before need not be looked at each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture
 def tools(tmp_path: Path) -> Iterator[Tools]:
     """A bank and a ledger of the test's own."""
