@@ -32,8 +32,8 @@ SHARED = ("blocks", "pipeline")
 
 
 def arguments() -> dict[str, Any]:
-    """As they come to a worker: on its device. Of two thousand tokens, so that hidden states count too."""
-    made = {**deep.arguments("flux"), "x": random(1, 16, 64, 128)}
+    """As they come to a worker: on its device. Of a thousand tokens, so that hidden states count too."""
+    made = {**deep.arguments("flux"), "x": random(1, 16, 64, 64)}
     return {name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for name, value in made.items()}
 
 
@@ -53,7 +53,7 @@ def main() -> None:
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
     rank, *ports = map(int, sys.argv[1:])
-    patcher = deep.loaded(deep.flux_weights(hidden=256, depth=2, single=20))
+    patcher = deep.loaded(deep.flux_weights(hidden=256, depth=2, single=12))
     remote = RemoteModel(patcher)
     with torch.inference_mode():
         model = models.Model(patcher.model, DEVICE, deep.CPU)

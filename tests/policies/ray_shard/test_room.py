@@ -14,7 +14,7 @@ from support.fixtures import build_simulated_npu, no_simulated_npu
 from support.ranks import ranks_of
 
 PAGES = 0.02  # of a share: tensors begin at round addresses
-HIDDEN = (64 * 128 // 4 + 9) * 256 * 4  # bytes of what goes from block to block
+HIDDEN = (64 * 64 // 4 + 9) * 256 * 4  # bytes of what goes from block to block
 
 
 @pytest.fixture(scope="module")
