@@ -10,8 +10,6 @@ from support.loading import COMFYUI, ROOT, TREES, VERSIONS, load
 
 __all__ = ["COMFYUI", "ROOT", "TREES", "VERSIONS"]
 
-gc.disable()  # until all tests are collected: nearly everything that is made by then stays
-
 try:
     load()
 except FileNotFoundError as error:
@@ -20,6 +18,8 @@ except FileNotFoundError as error:
 from residency import telemetry
 from residency.telemetry.sinks import Ring
 from support.fixtures import build_simulated_npu, no_simulated_npu
+
+gc.disable()  # until all tests are collected: nearly everything that is made by then stays
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -48,7 +48,7 @@ def simulated_npu() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_collections() -> None:
-    """Collecting garbage is what ends a model's life in many tests; what was there before them need not be searched each time."""
+    """Collecting garbage is what ends a model's life in many tests; what was there before need not be searched each time."""
     gc.collect()
     gc.freeze()
 

@@ -115,9 +115,12 @@ class Crew:
 
     def lose(self, workers: Sequence[Worker], why: str) -> None:
         """Replaces workers, in the background."""
-        for worker in workers:
-            emit("worker.lost", worker=worker.rank, device=worker.place, reason=why)
-        self._change(partial(self._replace, workers))
+        self._lose(dict.fromkeys(workers, why))
+
+    def _lose(self, why: Mapping[Worker, str]) -> None:
+        for worker, reason in why.items():
+            emit("worker.lost", worker=worker.rank, device=worker.place, reason=reason)
+        self._change(partial(self._replace, list(why)))
 
     def tell(self, what: str, *arguments: Any) -> None:
         """Tells all workers something, in the background, as soon as it is their turn."""
@@ -205,13 +208,10 @@ class Crew:
             return
         telling = [worker.tell("cancel", True) for worker in asked]
         ray.wait(telling, num_returns=len(telling), timeout=1)
-        _, stuck = ray.wait(list(asked.values()), num_returns=len(asked), timeout=_GRACE)
-        late = [worker for worker, reference in asked.items() if reference in stuck or is_dead(reference)]
-        going_on = {worker: worker.tell("cancel", False) for worker in asked if worker not in late}
-        _, stuck = ray.wait(list(going_on.values()), num_returns=len(going_on), timeout=_GRACE)
-        late += [worker for worker, reference in going_on.items() if reference in stuck or is_dead(reference)]
+        late = _late(asked)
+        late |= _late({worker: worker.tell("cancel", False) for worker in asked if worker not in late})
         if late:
-            self.lose(late, "it did not end its step")
+            self._lose(late)
         elif self.grouped and regroup:
             self._group()
 
@@ -229,3 +229,10 @@ class Crew:
                 ray.kill(worker.handle)
         if self._connected:
             cluster.disconnect()
+
+
+def _late(asked: Mapping[Worker, Any]) -> dict[Worker, str]:
+    """Those who do not answer soon, and why."""
+    _, stuck = ray.wait(list(asked.values()), num_returns=len(asked), timeout=_GRACE)
+    return {worker: "it did not end its step" if reference in stuck else "it is dead"
+            for worker, reference in asked.items() if reference in stuck or is_dead(reference)}

@@ -112,7 +112,7 @@ def loads(server: Server, since: int, name: str = "") -> list[tuple[str, str]]:
 
 
 def check_loader_nodes(server: Server, *kinds: str) -> None:
-    """The loader nodes of the last prompt, as ComfyUI ran them, took far less together than a load does, on a busy machine too."""
+    """The loader nodes of the last prompt, as ComfyUI ran them, took far less than a load does, on busy machines too."""
     took = server.loader_nodes()
     assert sorted(kind for kind, _ in took) == sorted(kinds)
     assert sum(seconds for _, seconds in took) < 0.1, took

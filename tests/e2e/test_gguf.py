@@ -11,7 +11,7 @@ import gguf
 import numpy
 import pytest
 import torch
-from e2e.conftest import Pair, shrunk, troubles
+from e2e.conftest import Pair, empty, shrunk, troubles
 from support import workflows
 from support.gguf_files import save
 from support.server import MB, PromptFailed
@@ -96,7 +96,7 @@ def test_weights_are_mapped_and_swap_without_a_copy(npu_pair: Pair) -> None:
 def test_a_workflow_that_comes_back_reads_nothing(npu_pair: Pair, models: Path) -> None:
     """A, B, A in prompts of their own, between which ComfyUI drops A's model: one mapping, and nothing from the disk."""
     server = npu_pair.plugin
-    server.free()
+    empty(server)
     maps = []
     for name in ("middle_q8_a.gguf", "middle_q8_b.gguf", "middle_q8_a.gguf"):
         read = server.storage_bytes()

@@ -6,7 +6,7 @@ in on every device.
 from __future__ import annotations
 
 import torch
-from e2e.conftest import Pair
+from e2e.conftest import Pair, empty
 from support import workflows
 from support.server import MB
 
@@ -43,7 +43,7 @@ def test_two_encoders_of_which_one_is_gguf(pair: Pair) -> None:
 def test_blocks_stay_in_the_mapping(npu_pair: Pair) -> None:
     """A second prompt reads nothing and brings nothing back from the device."""
     server = npu_pair.plugin
-    server.free()
+    empty(server)
     server.run(with_encoder(T5))
     before, read = server.device()["to_host"], server.storage_bytes()
     server.run(workflows.text_to_latent("flux_b", clip=T5, seed=2))

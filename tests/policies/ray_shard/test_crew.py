@@ -475,7 +475,8 @@ class TestGathering:
         assert (second.models, second.sent is sent) == ({}, False)
         assert [event.fields["reason"] for event in ring.named("worker.lost")] == ["it did not end its step"]
 
-    def test_who_dies_of_being_called_off_is_replaced(self, fake: FakeRay, make: Callable[..., Crew], host: Host) -> None:
+    def test_who_dies_of_being_called_off_is_replaced(self, fake: FakeRay, make: Callable[..., Crew], host: Host,
+                                                      ring: Ring) -> None:
         """It is no reason to do without the others."""
         def script(what: str, *arguments: Any) -> Any:
             if what == "cancel" and arguments == (False,) and len(fake.actors) == 2:
@@ -492,6 +493,7 @@ class TestGathering:
             reference.value = "ended its step"
         assert len(crew.ready()) == 2
         assert (crew.broken, len(fake.alive()), len(fake.actors)) == ("", 2, 4)
+        assert [event.fields["reason"] for event in ring.named("worker.lost")] == ["it is dead"] * 2
 
     def test_workers_that_were_called_off_meet_anew(self, fake: FakeRay, make: Callable[..., Crew], host: Host) -> None:
         """Cancelling closes what they exchange tensors by."""
