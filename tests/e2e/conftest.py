@@ -134,9 +134,9 @@ def own_model(models: Path) -> Iterator[Callable[[str, str], Path]]:
         file.unlink(missing_ok=True)
 
 
-def empty(server: Server) -> None:
+def empty(server: Server, times: int = 5) -> None:
     """`POST /free` until the simulated devices are empty: ComfyUI misses one that comes just when it ended a prompt."""
-    for _ in range(5):
+    for _ in range(times):
         server.free()  # one at a time: one that is late would empty the next prompt's devices
         with suppress(AssertionError):
             return wait_for(lambda: sum(server.used()) < MB, 5)

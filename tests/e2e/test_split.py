@@ -150,7 +150,7 @@ def test_pages_of_dynamic_vram_keep_to_the_limit(dynamic_pair: Pair) -> None:
     """Where ComfyUI pages weights itself, its pages get the limit; they are of 32 MB."""
     server = dynamic_pair.plugin
     with suppress(AssertionError):  # it need not be empty, but a freeing that is late would take what the first prompt leaves
-        empty(server)
+        empty(server, times=1)
     held = []
     for seed, text in ((21, rule(name="middle_*", device_gb=0.035)), (22, "")):
         server.settings(text)
