@@ -134,14 +134,6 @@ def dotted(node: ast.expr) -> str:
     return f"{head}.{node.attr}" if head and isinstance(node, ast.Attribute) else ""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def nothing_is_kept() -> Iterator[None]:
-    """Syntax trees are millions of objects, among which every later collection of garbage would search."""
-    yield
-    texts.cache_clear()
-    parsed.cache_clear()
-
-
 @pytest.fixture(params=VERSIONS)
 def tree(request: pytest.FixtureRequest) -> Tree:
     folder = TREES / request.param
